@@ -1,0 +1,74 @@
+"""What a backend must do. Each one lives in its own module and imports its library lazily."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sn72engine.engine import Engine
+from sn72engine.model import OnnxModel, TensorSpec
+from sn72engine.spec import BuildOptions, RuntimeOptions
+
+Array = Any
+"""A NumPy array or a torch tensor; which one is said where it matters."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltFiles:
+    """What a backend wrote into the scratch folder, the file to open first, and its remarks."""
+
+    names: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Runner(Protocol):
+    """One execution context. Not thread-safe: the session that owns it serialises calls."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Execute on checked, contiguous NumPy arrays; returns NumPy arrays by output name.
+
+        Raises:
+            SessionError: the library reported failure.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the context; calling it twice is allowed."""
+        ...
+
+
+class Backend(Protocol):
+    """Builds and opens engines of one kind."""
+
+    name: str
+
+    def version(self) -> str:
+        """Version of the library, without loading it where that can be had."""
+        ...
+
+    def target(self, options: BuildOptions) -> str:
+        """What the engine will run on, resolved: ``cpu``, ``sm_90``. Part of the fingerprint."""
+        ...
+
+    def build(self, model: OnnxModel, options: BuildOptions, folder: Path) -> BuiltFiles:
+        """Write the engine files for ``model`` into ``folder``.
+
+        Raises:
+            BuildError: the builder refused, with what to do about it.
+        """
+        ...
+
+    def open(self, engine: Engine, options: RuntimeOptions) -> Runner:
+        """Load an engine for execution.
+
+        Raises:
+            SessionError: the library refused the file or lacks a device for it.
+        """
+        ...

@@ -1,0 +1,153 @@
+"""The artefact that export and quantize hand on: an ONNX file that knows where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sn72engine import _deps
+from sn72engine.errors import InputError
+from sn72engine.spec import Precision, Preprocess
+
+#: Key under which the record is kept in the ONNX file's own metadata, so it travels with it.
+RECORD_KEY = "sn72engine"
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, NumPy dtype name and shape of a graph input or output; a free axis is its name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TensorSpec:
+        """Inverse of :meth:`to_dict`."""
+        return cls(values["name"], values["dtype"], tuple(values["shape"]))
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxModel:
+    """An ONNX file, its signature, and the record of how it was made.
+
+    ``record`` holds ``export`` (options, parity errors) and, once quantised, ``quantization``
+    (method, sample count, batch size, data hash, layers). ``preprocess`` is how images become
+    its input; None when the model does not take images.
+    """
+
+    path: Path
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    preprocess: Preprocess | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The quantisation record; None for a float model."""
+        return self.record.get("quantization")
+
+    @property
+    def precision(self) -> Precision:
+        """``int8`` for a Q/DQ model, else the type of its first input."""
+        if self.quantization is not None:
+            return "int8"
+        return "fp16" if self.inputs[0].dtype == "float16" else "fp32"
+
+    def external_files(self) -> tuple[Path, ...]:
+        """Weight files beside the ONNX file, sorted by name."""
+        onnx = _deps.require("onnx", purpose="read an ONNX file")
+        proto = onnx.load(self.path, load_external_data=False)
+        names = {
+            entry.value
+            for tensor in proto.graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+        return tuple(self.path.parent / name for name in sorted(names))
+
+    def sha256(self) -> str:
+        """Hash of the ONNX file and every external weight file."""
+        digest = hashlib.sha256()
+        for path in (self.path, *self.external_files()):
+            digest.update(file_sha256(path).encode())
+        return digest.hexdigest()
+
+    @classmethod
+    def open(cls, path: str | Path) -> OnnxModel:
+        """Read the signature and record of an ONNX file; weights are not loaded.
+
+        A file made by other tools has an empty record and no preprocessing.
+
+        Raises:
+            InputError: the file is absent or is not ONNX.
+        """
+        onnx = _deps.require("onnx", purpose="read an ONNX file")
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"{path}: no such ONNX file")
+        try:
+            proto = onnx.load(path, load_external_data=False)
+        except Exception as error:  # protobuf raises its own DecodeError
+            raise InputError(f"{path}: not a readable ONNX file ({error})") from error
+        if not proto.graph.output:
+            raise InputError(f"{path}: not a readable ONNX file (no graph outputs)")
+        weights = {tensor.name for tensor in proto.graph.initializer}
+        record = read_record(proto)
+        preprocess = record.pop("preprocess", None)
+        return cls(
+            path=path,
+            inputs=tuple(_spec(onnx, v) for v in proto.graph.input if v.name not in weights),
+            outputs=tuple(_spec(onnx, v) for v in proto.graph.output),
+            preprocess=Preprocess.from_dict(preprocess) if preprocess else None,
+            record=record,
+        )
+
+
+def read_record(proto: Any) -> dict[str, Any]:
+    """The sn72engine record of a ModelProto; empty when it has none."""
+    for entry in proto.metadata_props:
+        if entry.key == RECORD_KEY:
+            record: dict[str, Any] = json.loads(entry.value)
+            return record
+    return {}
+
+
+def write_record(proto: Any, record: Mapping[str, Any]) -> None:
+    """Replace the sn72engine record of a ModelProto."""
+    kept = [(e.key, e.value) for e in proto.metadata_props if e.key != RECORD_KEY]
+    del proto.metadata_props[:]
+    for key, value in [*kept, (RECORD_KEY, json.dumps(record, sort_keys=True))]:
+        proto.metadata_props.add(key=key, value=value)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _spec(onnx: Any, value: Any) -> TensorSpec:
+    tensor = value.type.tensor_type
+    shape = tuple(
+        d.dim_value if d.HasField("dim_value") else (d.dim_param or f"axis{axis}")
+        for axis, d in enumerate(tensor.shape.dim)
+    )
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return TensorSpec(value.name, dtype, shape)

@@ -1,0 +1,415 @@
+"""The frozen options objects: one per step, checked when made, so no step checks them again.
+
+Every class here has ``to_dict``/``from_dict`` for JSON and YAML. ``from_dict`` refuses unknown
+keys by name, and every message says the key, the value and what would be accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self, get_args
+
+from sn72engine.errors import OptionError
+
+Fit = Literal["center_crop", "squash", "pad"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box"]
+Layout = Literal["nchw", "nhwc"]
+FloatType = Literal["float32", "float16"]
+Precision = Literal["fp32", "fp16", "int8"]
+CalibrationMethod = Literal["entropy", "max"]
+BackendName = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+
+
+class Options:
+    """Base of every options object: conversion to and from plain mappings."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """This object as JSON-ready values."""
+        return {
+            f.name: _plain(getattr(self, f.name))
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "") -> Self:
+        """Build from a mapping, as read from JSON or YAML.
+
+        Args:
+            values: field name to value; lists are taken for tuples, nested mappings for
+                nested options.
+            where: what to call this mapping in messages; the class name when empty.
+
+        Raises:
+            OptionError: unknown or missing key, or a value out of range.
+        """
+        where = where or cls.__name__
+        if not isinstance(values, Mapping):
+            raise OptionError(f"{where}: expected a mapping, got {type(values).__name__}")
+        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise OptionError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}")
+        missing = [
+            name
+            for name, f in fields.items()
+            if f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+            and name not in values
+        ]
+        if missing:
+            raise OptionError(f"{where}: missing key {missing[0]!r}")
+        arguments = {}
+        for name, value in values.items():
+            nested = cls._nested().get(name)
+            if nested is not None and isinstance(value, Mapping):
+                value = nested.from_dict(value, where=f"{where}.{name}")
+            arguments[name] = tuple(value) if isinstance(value, list) else value
+        try:
+            return cls(**arguments)
+        except OptionError as error:
+            raise OptionError(f"{where}: {error}") from None
+
+    @classmethod
+    def _nested(cls) -> Mapping[str, type[Options]]:
+        """Fields that hold options objects of their own."""
+        return {}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Options):
+        return value.to_dict()
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Refuse a value outside a Literal type (or a tuple of values)."""
+    allowed = get_args(choices) or tuple(choices)
+    if value not in allowed:
+        raise OptionError(f"{name}={value!r} is not one of {', '.join(map(str, allowed))}")
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Refuse anything but an int (not a bool) in [low, high]."""
+    if type(value) is not int or value < low or (high is not None and value > high):
+        bound = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise OptionError(f"{name}={value!r} must be an integer {bound}")
+
+
+def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+    """Refuse anything but a finite real number (not a bool) in [low, high]."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type,operator]
+        raise OptionError(f"{name}={value!r} must be a finite number in [{low}, {high}]")
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRange(Options):
+    """Batch sizes of an optimization profile: smallest, the one tuned for, largest."""
+
+    min: int = 1
+    opt: int = 8
+    max: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("min", "opt", "max"):
+            check_int(name, getattr(self, name), 1)
+        if not self.min <= self.opt <= self.max:
+            raise OptionError(
+                f"batch range needs min <= opt <= max, got {self.min}, {self.opt}, {self.max}"
+            )
+
+    def __contains__(self, batch: int) -> bool:
+        return self.min <= batch <= self.max
+
+    def __str__(self) -> str:
+        return f"{self.min}..{self.max} (tuned for {self.opt})"
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocess(Options):
+    """How an image becomes a tensor: one definition for calibration, verification and serving.
+
+    An image is decoded to 8-bit RGB, turned upright by its EXIF orientation, cropped and
+    resized with an antialiasing filter to ``height`` x ``width`` in 8-bit, then normalised:
+    ``(pixel - mean) / std`` per channel, with ``mean`` and ``std`` in pixel units (0 to 255).
+
+    Args:
+        height, width: output size in pixels.
+        fit: ``center_crop`` keeps the aspect ratio and cuts what sticks out; ``squash`` ignores
+            it; ``pad`` keeps it and fills the borders with ``mean``.
+        crop_fraction: share of the centred crop that is kept before resizing, in (0, 1];
+            224 of 256 is 0.875. Applies to ``center_crop`` only.
+        interpolation: resampling filter; all but ``nearest`` antialias when shrinking.
+        mean, std: per RGB channel, in pixel units.
+        layout: ``nchw`` or ``nhwc``.
+        dtype: of the tensor, ``float32`` or ``float16``.
+        draft: let the JPEG decoder scale by 1/2, 1/4 or 1/8 when the result is still at least
+            twice the output size. Much faster for camera images; differs from a full decode by
+            less than resampling noise.
+    """
+
+    height: int = 224
+    width: int = 224
+    fit: Fit = "center_crop"
+    crop_fraction: float = 1.0
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    layout: Layout = "nchw"
+    dtype: FloatType = "float32"
+    draft: bool = True
+
+    def __post_init__(self) -> None:
+        check_int("height", self.height, 1, 8192)
+        check_int("width", self.width, 1, 8192)
+        check_choice("fit", self.fit, Fit)
+        check_number("crop_fraction", self.crop_fraction, 1e-3, 1.0)
+        check_choice("interpolation", self.interpolation, Interpolation)
+        for name in ("mean", "std"):
+            triple = getattr(self, name)
+            if not isinstance(triple, tuple) or len(triple) != 3:
+                raise OptionError(f"{name}={triple!r} must hold three numbers, one per RGB channel")
+            for value in triple:
+                check_number(name, value, 1e-6 if name == "std" else -1e6, 1e6)
+        check_choice("layout", self.layout, Layout)
+        check_choice("dtype", self.dtype, FloatType)
+        check_choice("draft", self.draft, (True, False))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one sample in this layout."""
+        if self.layout == "nchw":
+            return (3, self.height, self.width)
+        return (self.height, self.width, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions(Options):
+    """How a module becomes an ONNX file.
+
+    Args:
+        input_names, output_names: names of the graph's inputs and outputs, in order.
+        opset: ONNX operator set.
+        dynamic_batch: leave axis 0 of every input and output free.
+        max_batch: largest batch the dynamic axis must accept.
+        parity_batches: batch sizes on which ONNX Runtime is compared with the module.
+        parity_atol, parity_rtol: bounds of that comparison:
+            ``|onnx - torch| <= atol + rtol * |torch|`` for every element.
+        external_data_bytes: write weights to a second file when they exceed this many bytes
+            (protobuf cannot hold 2 GiB).
+        clean: fold constants, merge duplicates and drop dead nodes.
+        seed: of the random tensors used for parity.
+    """
+
+    input_names: tuple[str, ...] = ("pixel_values",)
+    output_names: tuple[str, ...] = ("logits",)
+    opset: int = 20
+    dynamic_batch: bool = True
+    max_batch: int = 1024
+    parity_batches: tuple[int, ...] = (1, 2, 5)
+    parity_atol: float = 1e-4
+    parity_rtol: float = 1e-3
+    external_data_bytes: int = 1_500_000_000
+    clean: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("input_names", "output_names"):
+            names = getattr(self, name)
+            if not names or len(set(names)) != len(names):
+                raise OptionError(f"{name}={names!r} must hold at least one name, none twice")
+        check_int("opset", self.opset, 18, 26)
+        check_int("max_batch", self.max_batch, 2)
+        if not self.parity_batches:
+            raise OptionError("parity_batches=() would export without checking the result")
+        for batch in self.parity_batches:
+            check_int("parity_batches", batch, 1, self.max_batch)
+        check_number("parity_atol", self.parity_atol, 0.0)
+        check_number("parity_rtol", self.parity_rtol, 0.0)
+        check_int("external_data_bytes", self.external_data_bytes, 0, 2_000_000_000)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions(Options):
+    """Which samples a calibration reads.
+
+    Args:
+        batch_size: samples per batch; part of the quantisation record.
+        limit: use at most this many samples, spread evenly over the source; None for all.
+        minimum: refuse to calibrate with fewer samples than this.
+    """
+
+    batch_size: int = 8
+    limit: int | None = 512
+    minimum: int = 8
+
+    def __post_init__(self) -> None:
+        check_int("batch_size", self.batch_size, 1)
+        if self.limit is not None:
+            check_int("limit", self.limit, 1)
+        check_int("minimum", self.minimum, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeOptions(Options):
+    """How an ONNX file becomes a Q/DQ ONNX file.
+
+    Args:
+        precision: ``int8``; weights symmetric per output channel, activations per tensor.
+        method: activation ranges: ``entropy`` (KL divergence) or ``max``.
+        op_types: operator types to quantise. Only matrix products and convolutions: quantised
+            residual additions and normalisations degrade accuracy.
+        exclude: names of nodes to leave in floating point.
+    """
+
+    precision: Literal["int8"] = "int8"
+    method: CalibrationMethod = "entropy"
+    op_types: tuple[str, ...] = ("Conv", "Gemm", "MatMul")
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, ("int8",))
+        check_choice("method", self.method, CalibrationMethod)
+        if not self.op_types:
+            raise OptionError("op_types=() would quantise nothing")
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions(Options):
+    """How an ONNX file becomes an engine.
+
+    Args:
+        backend: ``onnxruntime``, ``tensorrt`` or ``tensorrt_rtx``.
+        batch: batch sizes the engine must accept.
+        precision: of a float model's arithmetic, ``fp32`` or ``fp16``. A Q/DQ model says
+            ``int8`` and keeps its other layers in ``fp16`` on TensorRT and ``fp32`` on a CPU.
+        target: what the engine is for: ``cpu``, ``cuda`` (the card present) or, for
+            ``tensorrt_rtx``, a compute capability such as ``sm_89``. Empty chooses ``cuda``
+            for TensorRT and ``cpu`` for ONNX Runtime.
+        workspace_bytes: limit of the builder's scratch memory; None for the backend's own.
+        optimization_level: builder effort, 0 to 5; None for the backend's own.
+    """
+
+    backend: BackendName = "onnxruntime"
+    batch: ShapeRange = field(default_factory=ShapeRange)
+    precision: Precision = "fp32"
+    target: str = ""
+    workspace_bytes: int | None = None
+    optimization_level: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("backend", self.backend, BackendName)
+        check_choice("precision", self.precision, Precision)
+        if self.workspace_bytes is not None:
+            check_int("workspace_bytes", self.workspace_bytes, 1 << 20)
+        if self.optimization_level is not None:
+            check_int("optimization_level", self.optimization_level, 0, 5)
+        target = self.target
+        named = target.startswith("sm_") and target[3:].isdigit()
+        if target and target not in ("cpu", "cuda") and not named:
+            raise OptionError(f"target={target!r} must be 'cpu', 'cuda' or like 'sm_89'")
+        if target == "cpu" and self.backend != "onnxruntime":
+            raise OptionError(f"target='cpu' needs backend='onnxruntime', not {self.backend!r}")
+        if named and self.backend != "tensorrt_rtx":
+            raise OptionError(
+                f"target={target!r} needs backend='tensorrt_rtx'; {self.backend!r} builds for the "
+                "device that is present: use 'cuda' or 'cpu'"
+            )
+
+    @property
+    def resolved_target(self) -> str:
+        """``target`` with the empty default filled in."""
+        return self.target or ("cpu" if self.backend == "onnxruntime" else "cuda")
+
+    @classmethod
+    def _nested(cls) -> Mapping[str, type[Options]]:
+        return {"batch": ShapeRange}
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions(Options):
+    """How an engine is run; never part of its identity.
+
+    Args:
+        threads: CPU threads of one session; None for all cores.
+        device_index: which CUDA device.
+        spinning: let idle CPU threads spin. Off by default: sessions that share a process steal
+            each other's cores.
+    """
+
+    threads: int | None = None
+    device_index: int = 0
+    spinning: bool = False
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            check_int("threads", self.threads, 1, 4096)
+        check_int("device_index", self.device_index, 0)
+        check_choice("spinning", self.spinning, (True, False))
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions(Options):
+    """How latency is measured.
+
+    Args:
+        batch: samples per call.
+        warmup: calls made first and not counted.
+        repeats: calls counted.
+        seed: of the random input, when no input is given.
+    """
+
+    MINIMUM_FOR_P99: ClassVar[int] = 100
+
+    batch: int = 1
+    warmup: int = 10
+    repeats: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("batch", self.batch, 1)
+        check_int("warmup", self.warmup, 0)
+        check_int("repeats", self.repeats, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyOptions(Options):
+    """What an engine must show before it may replace another.
+
+    Args:
+        min_cosine: smallest cosine similarity of any sample's output with the reference's.
+        max_abs_error: largest difference of any output element; None does not check.
+        min_agreement: share of samples on which both give the same class.
+        max_top1_drop: accuracy the engine may lose against the reference, in percentage
+            points; checked where labels are given.
+        min_speedup: the engine's throughput over the reference's, from medians of interleaved
+            runs; 1.0 refuses an engine slower than what it replaces; None does not time.
+        batch: batch size of the timed runs.
+        repeats: timed calls of each engine.
+    """
+
+    min_cosine: float = 0.98
+    max_abs_error: float | None = None
+    min_agreement: float = 0.95
+    max_top1_drop: float = 0.5
+    min_speedup: float | None = 1.0
+    batch: int = 1
+    repeats: int = 30
+
+    def __post_init__(self) -> None:
+        check_number("min_cosine", self.min_cosine, -1.0, 1.0)
+        if self.max_abs_error is not None:
+            check_number("max_abs_error", self.max_abs_error, 0.0)
+        check_number("min_agreement", self.min_agreement, 0.0, 1.0)
+        check_number("max_top1_drop", self.max_top1_drop, -100.0, 100.0)
+        if self.min_speedup is not None:
+            check_number("min_speedup", self.min_speedup, 0.0)
+        check_int("batch", self.batch, 1)
+        check_int("repeats", self.repeats, 3)

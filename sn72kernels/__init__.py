@@ -1,0 +1,1 @@
+"""Triton kernels for image cascades, each beside a plain PyTorch reference."""
