@@ -1,1 +1,106 @@
-"""Inference core for early-exit image cascades."""
+"""Inference core for early-exit image cascades: export, calibrate, build, verify, run.
+
+The steps, in order, each one function that takes one frozen options object::
+
+    model   = export(module, ExportOptions(), "model.onnx", example=x, preprocess=p)
+    data    = batches("photos/", p, CalibrationOptions())
+    model   = quantize(model, data, QuantizeOptions(), "model.int8.onnx")
+    engine  = build(model, BuildOptions())
+    report  = verify(load(engine), reference, batches)
+    cascade = Cascade(CascadeSpec.from_yaml("road.yaml"))
+    results = cascade(images)
+
+Importing this package loads none of the libraries that the steps need; each step loads its own.
+
+"Cascade" here means an early-exit cascade of models: sure answers leave, the rest escalate. It has
+nothing to do with cascade attention over shared prefixes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sn72engine.bench import bench as bench
+    from sn72engine.bench import interleave as interleave
+    from sn72engine.build import build as build
+    from sn72engine.calibration import batches as batches
+    from sn72engine.calibration import labelled as labelled
+    from sn72engine.cascade import Cascade as Cascade
+    from sn72engine.cascade.result import Result as Result
+    from sn72engine.cascade.result import Status as Status
+    from sn72engine.cascade.spec import CascadeSpec as CascadeSpec
+    from sn72engine.cascade.spec import StageSpec as StageSpec
+    from sn72engine.engine import Engine as Engine
+    from sn72engine.engine import Manifest as Manifest
+    from sn72engine.export import export as export
+    from sn72engine.miner import RoadworkDetector as RoadworkDetector
+    from sn72engine.model import OnnxModel as OnnxModel
+    from sn72engine.preprocess import preprocess as preprocess
+    from sn72engine.quantize import quantize as quantize
+    from sn72engine.session import Session as Session
+    from sn72engine.session import load as load
+    from sn72engine.spec import BenchOptions as BenchOptions
+    from sn72engine.spec import BuildOptions as BuildOptions
+    from sn72engine.spec import CalibrationOptions as CalibrationOptions
+    from sn72engine.spec import ExportOptions as ExportOptions
+    from sn72engine.spec import Preprocess as Preprocess
+    from sn72engine.spec import QuantizeOptions as QuantizeOptions
+    from sn72engine.spec import RuntimeOptions as RuntimeOptions
+    from sn72engine.spec import ShapeRange as ShapeRange
+    from sn72engine.spec import VerifyOptions as VerifyOptions
+    from sn72engine.store import Store as Store
+    from sn72engine.thresholds import ThresholdOptions as ThresholdOptions
+    from sn72engine.thresholds import choose as choose
+    from sn72engine.verify import verify as verify
+
+__version__ = "0.1.0"
+
+#: Public name -> module that defines it. Resolved on first use.
+_EXPORTS = {
+    "BenchOptions": "spec",
+    "BuildOptions": "spec",
+    "CalibrationOptions": "spec",
+    "Cascade": "cascade",
+    "CascadeSpec": "cascade.spec",
+    "Engine": "engine",
+    "ExportOptions": "spec",
+    "Manifest": "engine",
+    "OnnxModel": "model",
+    "Preprocess": "spec",
+    "QuantizeOptions": "spec",
+    "Result": "cascade.result",
+    "RoadworkDetector": "miner",
+    "RuntimeOptions": "spec",
+    "Session": "session",
+    "ShapeRange": "spec",
+    "StageSpec": "cascade.spec",
+    "Status": "cascade.result",
+    "Store": "store",
+    "ThresholdOptions": "thresholds",
+    "VerifyOptions": "spec",
+    "batches": "calibration",
+    "bench": "bench",
+    "build": "build",
+    "choose": "thresholds",
+    "export": "export",
+    "interleave": "bench",
+    "labelled": "calibration",
+    "load": "session",
+    "preprocess": "preprocess",
+    "quantize": "quantize",
+    "verify": "verify",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"sn72engine.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'sn72engine' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,65 @@
+"""``sn72engine quantize``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sn72engine.cli.outcome import Outcome, megabytes, preprocess_argument, table
+from sn72engine.errors import OptionError
+from sn72engine.spec import CalibrationOptions, QuantizeOptions
+
+SUMMARY = "calibrate an ONNX file on your images and write it with INT8 Q/DQ nodes"
+EXAMPLES = """\
+  sn72engine quantize model.onnx --data photos/ -o model.int8.onnx
+  sn72engine quantize model.onnx --data labels.csv --method max --limit 256 -o model.int8.onnx
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model", type=Path, help="float ONNX file")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="ONNX file to write")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="calibration images: a folder, a CSV with a file column, or an .npz",
+    )
+    parser.add_argument("--method", choices=("entropy", "max"), default=QuantizeOptions.method)
+    parser.add_argument("--limit", type=int, default=CalibrationOptions.limit, help="most samples")
+    parser.add_argument("--batch", type=int, default=CalibrationOptions.batch_size)
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="NODE", help="leave this node in float"
+    )
+    parser.add_argument(
+        "--preprocess", type=preprocess_argument, help="where the ONNX file holds no definition"
+    )
+
+
+def execute(options: argparse.Namespace) -> Outcome:
+    """Calibrate and quantise."""
+    from sn72engine.calibration import batches
+    from sn72engine.model import OnnxModel
+    from sn72engine.quantizer import quantize
+
+    model = OnnxModel.open(options.model)
+    preprocess = options.preprocess or model.preprocess
+    if preprocess is None and options.data.suffix != ".npz":
+        raise OptionError(f"{options.model} holds no preprocessing; give --preprocess")
+    calibration = CalibrationOptions(batch_size=options.batch, limit=options.limit)
+    quantized = quantize(
+        model,
+        batches(options.data, preprocess, calibration),
+        QuantizeOptions(method=options.method, exclude=tuple(options.exclude)),
+        options.output,
+    )
+    record = dict(quantized.quantization or {})
+    sizes = [options.model.stat().st_size, quantized.path.stat().st_size]
+    rows: list[tuple[str, object]] = [
+        ("file", f"{quantized.path} ({megabytes(sizes[0])} -> {megabytes(sizes[1])})"),
+        ("method", f"{record['method']}, {record['samples']} samples"),
+        ("layers", f"{record['layers_quantized']} of {record['layers_asked']} quantised"),
+    ]
+    record.pop("ranges", None)
+    return Outcome({"path": str(quantized.path), "quantization": record}, table(rows))

@@ -1,0 +1,73 @@
+"""``sn72engine verify``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sn72engine.cli.outcome import Outcome, engine_folder
+from sn72engine.errors import OptionError
+from sn72engine.spec import CalibrationOptions, VerifyOptions
+
+SUMMARY = "compare an engine with the one it replaces: accuracy and speed, in one run"
+EXAMPLES = """\
+  sn72engine verify INT8_KEY --reference FP32_KEY --data photos/
+  sn72engine verify INT8_KEY --reference FP32_KEY --data labels.csv --labels --max-top1-drop 0.5
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    defaults = VerifyOptions()
+    parser.add_argument("engine", help="engine folder, or the start of its key")
+    parser.add_argument("--reference", required=True, help="engine to compare with")
+    parser.add_argument("--data", type=Path, required=True, help="images: folder, CSV or .npz")
+    parser.add_argument(
+        "--labels", action="store_true", help="use the label column of the CSV for top-1 accuracy"
+    )
+    parser.add_argument("--split", help="rows of the CSV with this value in the split column")
+    parser.add_argument("--limit", type=int, default=256, help="most images; default 256")
+    parser.add_argument("--min-cosine", type=float, default=defaults.min_cosine)
+    parser.add_argument("--min-agreement", type=float, default=defaults.min_agreement)
+    parser.add_argument("--max-top1-drop", type=float, default=defaults.max_top1_drop)
+    parser.add_argument("--min-speedup", type=float, default=defaults.min_speedup)
+    parser.add_argument("--no-speed", action="store_true", help="compare accuracy only")
+    parser.add_argument("--batch", type=int, default=defaults.batch, help="of the timed runs")
+
+
+def execute(options: argparse.Namespace) -> Outcome:
+    """Verify and record the outcome in the manifest; exit code 5 when refused."""
+    from sn72engine.calibration import batches, labelled
+    from sn72engine.session import load
+    from sn72engine.store import Store
+    from sn72engine.verifier import verify
+
+    folder = engine_folder(options.engine)
+    with load(folder) as candidate, load(engine_folder(options.reference)) as reference:
+        if candidate.preprocess is None and options.data.suffix != ".npz":
+            raise OptionError(f"{folder} holds no preprocessing; give the data as .npz")
+        source: object = options.data
+        labels = None
+        if options.labels:
+            paths, labels = labelled(options.data, options.split)
+            chosen = slice(None, options.limit)
+            source, labels = paths[chosen], labels[chosen]
+        limit = None if options.labels else options.limit
+        data = batches(source, candidate.preprocess, CalibrationOptions(limit=limit, minimum=1))
+        report = verify(
+            candidate,
+            reference,
+            data,
+            labels=labels,
+            options=VerifyOptions(
+                min_cosine=options.min_cosine,
+                min_agreement=options.min_agreement,
+                max_top1_drop=options.max_top1_drop,
+                min_speedup=None if options.no_speed else options.min_speedup,
+                batch=options.batch,
+            ),
+        )
+        engine = candidate.engine
+    if engine.folder.parent.parent == Store().root:
+        Store().update_manifest(engine, verification=report.to_dict())
+    return Outcome(report.to_dict(), report.render(), 0 if report.passed else 5)

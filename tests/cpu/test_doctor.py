@@ -1,0 +1,74 @@
+"""The report works on a healthy and on a broken installation."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sn72engine import doctor
+
+SOURCE = Path(doctor.__file__)
+
+
+def test_a_healthy_installation_has_no_problems() -> None:
+    report = doctor.diagnose()
+    assert report.healthy, report.problems
+    by_name = {m.module: m for m in report.modules}
+    assert by_name["numpy"].status == "ok"
+    assert by_name["numpy"].version
+    json.dumps(report.to_dict())
+    text = doctor.render(report)
+    assert "No problems found" in text
+    assert report.cpu in text
+
+
+def test_it_runs_as_a_plain_file_beside_a_broken_package(tmp_path: Path) -> None:
+    # The package's own __init__ cannot even be parsed, and a dependency dies on import.
+    package = tmp_path / "sn72engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("this is not Python")
+    shutil.copy(SOURCE, package / "doctor.py")
+    broken = tmp_path / "onnx"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("import os; os._exit(9)")
+    done = subprocess.run(
+        [sys.executable, str(package / "doctor.py"), "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    statuses = {m["module"]: m["status"] for m in report["modules"]}
+    assert statuses["sn72engine"] == "broken"
+    assert statuses["onnx"] == "broken"
+    assert any("sn72engine" in problem for problem in report["problems"])
+    assert any("exit code 9" in problem for problem in report["problems"])
+
+
+def test_an_absent_optional_package_is_no_problem() -> None:
+    assert doctor.probe("surely_no_such_module", "gpu").status == "absent"
+
+
+def test_a_hanging_import_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sleeper.py").write_text("import time; time.sleep(60)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "IMPORT_TIMEOUT", 1.0)
+    report = doctor.probe("sleeper", "")
+    assert report.status == "broken"
+    assert "still importing" in report.detail
+
+
+def test_an_unwritable_cache_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SN72_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    _, problem = doctor.cache_folder()
+    assert "SN72_CACHE_DIR" in problem
