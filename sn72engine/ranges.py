@@ -1,0 +1,98 @@
+"""Smallest and largest value of a graph's inner tensors over a data set, in flat memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sn72engine import _deps
+from sn72engine.errors import CalibrationError
+
+#: Operators whose inputs and outputs may be held as integers by a CPU engine.
+INTEGER_OPS = frozenset(
+    "Add AveragePool Clip Concat Conv Flatten Gemm GlobalAveragePool MatMul MaxPool ReduceMean "
+    "Relu Reshape Squeeze Transpose Unsqueeze".split()
+)
+
+_MIN, _MAX = "sn72.min.", "sn72.max."
+
+
+def collect(
+    path: Path, feeds: Iterable[Mapping[str, np.ndarray]]
+) -> dict[str, tuple[float, float]]:
+    """Range of every float tensor that touches one of :data:`INTEGER_OPS`.
+
+    The reductions are made part of the graph, so only two numbers per tensor and batch leave
+    ONNX Runtime and no tensor outlives the node that reads it last.
+
+    Args:
+        path: a float32 ONNX file.
+        feeds: batches, as input name to array; each is read once and let go.
+
+    Returns:
+        Tensor name to (smallest, largest) over all batches.
+
+    Raises:
+        CalibrationError: there is no batch, or a tensor became NaN or infinite.
+    """
+    ort = _deps.require("onnxruntime", purpose="collect activation ranges")
+    names = _augment(path)
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    wanted = [prefix + name for prefix in (_MIN, _MAX) for name in names]
+    low = np.full(len(names), np.inf)
+    high = np.full(len(names), -np.inf)
+    batches = 0
+    for batches, feed in enumerate(feeds, 1):
+        found = np.array([float(value) for value in session.run(wanted, dict(feed))])
+        least, most = found[: len(names)], found[len(names) :]
+        bad = np.flatnonzero(~(np.isfinite(least) & np.isfinite(most)))
+        if bad.size:
+            raise CalibrationError(
+                f"batch {batches - 1} makes tensor {names[bad[0]]!r} NaN or infinite (range "
+                f"{least[bad[0]]} to {most[bad[0]]}); check the model and that batch"
+            )
+        low, high = np.minimum(low, least), np.maximum(high, most)
+    if not batches:
+        raise CalibrationError("calibration data holds no batch; no range can be collected")
+    return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
+
+
+def _augment(path: Path) -> list[str]:
+    """Give the file at ``path`` two scalar outputs per tensor of interest; returns the tensors."""
+    onnx = _deps.require("onnx", purpose="collect activation ranges")
+    proto = onnx.load(path, load_external_data=False)
+    names = _tensors(onnx, proto)
+    del proto.graph.output[:]
+    for name in names:
+        for prefix, operator in ((_MIN, "ReduceMin"), (_MAX, "ReduceMax")):
+            proto.graph.node.append(
+                onnx.helper.make_node(operator, [name], [prefix + name], keepdims=0)
+            )
+            proto.graph.output.append(
+                onnx.helper.make_tensor_value_info(prefix + name, onnx.TensorProto.FLOAT, [])
+            )
+    path.write_bytes(proto.SerializeToString())
+    return names
+
+
+def _tensors(onnx: Any, proto: Any) -> list[str]:
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    inferred = onnx.shape_inference.infer_shapes(proto).graph
+    types = {
+        value.name: value.type.tensor_type.elem_type
+        for value in [*inferred.input, *inferred.value_info, *inferred.output]
+    }
+    touched = [
+        name
+        for node in proto.graph.node
+        if node.op_type in INTEGER_OPS
+        for name in [*node.input, *node.output]
+        if name not in constants and types.get(name) == onnx.TensorProto.FLOAT
+    ]
+    return list(dict.fromkeys(touched))
