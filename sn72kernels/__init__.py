@@ -1,1 +1,55 @@
-"""Triton kernels for image cascades, each beside a plain PyTorch reference."""
+"""Triton kernels for image cascades, each beside a plain PyTorch reference.
+
+Importing this package imports neither PyTorch nor Triton; the first use of an op does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sn72kernels.library import Choice
+    from sn72kernels.ops.layernorm_gelu.op import layernorm_gelu
+
+# Public op -> folder under sn72kernels.ops that defines it.
+OPS: dict[str, str] = {
+    "layernorm_gelu": "layernorm_gelu",
+}
+
+__all__ = ["OPS", "explain", "layernorm_gelu"]
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Choice:
+    """Which implementation ``op(*args, **kwargs)`` would run here, and why; runs nothing.
+
+    Args:
+        op: name of a public op, a key of :data:`OPS`.
+        args: as for the op.
+        kwargs: as for the op.
+
+    Raises:
+        ArgumentError: there is no such op.
+    """
+    from sn72kernels.errors import ArgumentError
+
+    if op not in OPS:
+        raise ArgumentError(f"there is no op {op!r}; there are: {', '.join(OPS)}")
+    choice: Choice = _module(op).explain(*args, **kwargs)
+    return choice
+
+
+def _module(op: str) -> Any:
+    return importlib.import_module(f"sn72kernels.ops.{OPS[op]}.op")
+
+
+def __getattr__(name: str) -> Any:
+    if name in OPS:
+        value = getattr(_module(name), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -30,6 +30,22 @@ VARIABLES: dict[str, Variable] = {
             "20",
             "Size in GB above which the least recently used engines are evicted.",
         ),
+        Variable(
+            "SN72_VLM_API_KEY",
+            "",
+            "Bearer token sent to the server of a VLM stage. Unset: none is sent.",
+        ),
+        Variable(
+            "SN72_KERNELS",
+            "auto",
+            "'auto' runs Triton kernels on CUDA tensors where Triton is installed; 'reference' "
+            "runs the plain PyTorch reference everywhere (to tell a kernel bug from another one).",
+        ),
+        Variable(
+            "SN72_TUNING",
+            "1",
+            "'0' ignores tuning results on disk and uses the built-in heuristics.",
+        ),
     )
 }
 

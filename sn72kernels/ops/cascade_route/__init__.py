@@ -1,0 +1,1 @@
+"""Early-exit routing with order-preserving compaction."""

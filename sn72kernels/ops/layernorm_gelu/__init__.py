@@ -1,0 +1,1 @@
+"""LayerNorm and GELU in one pass."""

@@ -1,0 +1,1 @@
+"""Quantise to int8 and fp8, and back."""
