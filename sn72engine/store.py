@@ -74,6 +74,29 @@ class Entry:
     manifest: Manifest | None
     problem: str = ""
 
+    @property
+    def summary(self) -> str:
+        """What the engine is, or why its manifest cannot be read, in one line."""
+        if self.manifest is None:
+            return f"refused: {self.problem}"
+        m = self.manifest
+        checked = m.verification is not None and m.verification.get("passed")
+        return (
+            f"{m.backend} {m.backend_version} {m.target} {m.precision}, batch {m.batch}, "
+            f"{'verified' if checked else 'not verified'}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "key": self.key,
+            "folder": str(self.folder),
+            "bytes": self.bytes,
+            "last_used": self.last_used,
+            "manifest": self.manifest.to_dict() if self.manifest else None,
+            "problem": self.problem,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Nearest:
@@ -201,16 +224,18 @@ class Store:
         self.evict(keep=(wanted.key,))
         return engine
 
-    def check(self, key: str) -> Engine:
-        """Open a stored engine by key, checking every byte.
+    def check(self, key: str) -> str:
+        """What is wrong with a stored engine after reading every byte of it; empty when whole.
 
         Raises:
             StoreError: there is none of that key.
-            EngineCorruptError, EngineMismatchError: as :func:`open_engine`.
         """
         folder = self._existing(key)
-        with self._lock(key):
-            return self._checked(folder, key)
+        try:
+            self._checked(folder, key)
+        except StoreError as error:
+            return str(error)
+        return ""
 
     def entries(self) -> tuple[Entry, ...]:
         """Every engine in the store, least recently used first.
