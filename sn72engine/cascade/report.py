@@ -1,0 +1,119 @@
+"""What a cascade has done since it was made."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sn72engine.cascade.spec import StageSpec
+
+
+@dataclass(slots=True)
+class StageCounts:
+    """Sums over the calls of one stage.
+
+    ``asked`` counts samples; each of them is in exactly one of ``negative``, ``positive``,
+    ``escalated``, ``failed`` (the stage could not score it) and ``late`` (time ran out).
+    ``seconds`` is time spent in the stage, ``decode_seconds`` in decoding images for it, and
+    ``waited_seconds`` in waiting for other callers of it.
+    """
+
+    calls: int = 0
+    asked: int = 0
+    negative: int = 0
+    positive: int = 0
+    escalated: int = 0
+    failed: int = 0
+    late: int = 0
+    seconds: float = 0.0
+    decode_seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+    def add(self, other: StageCounts) -> None:
+        """Add another count to this one."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """One stage: what it is and its counts since start."""
+
+    name: str
+    low: float
+    high: float
+    combine: str
+    when: str
+    counts: StageCounts
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeReport:
+    """A cascade since start.
+
+    ``own_seconds`` is the time that calls took beyond their stages, decoding and waiting: what
+    the cascade itself costs.
+    """
+
+    calls: int
+    samples: int
+    own_seconds: float
+    stages: tuple[StageReport, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        header = (
+            f"{'stage':<16} {'low':>6} {'high':>6} {'asked':>8} {'negative':>8} {'positive':>8} "
+            f"{'escalated':>9} {'failed':>7} {'late':>6} {'ms/sample':>9}"
+        )
+        rows = [
+            f"{s.name:<16.16} {s.low:>6.3f} {s.high:>6.3f} {s.counts.asked:>8} "
+            f"{s.counts.negative:>8} {s.counts.positive:>8} {s.counts.escalated:>9} "
+            f"{s.counts.failed:>7} {s.counts.late:>6} "
+            f"{1e3 * s.counts.seconds / max(s.counts.asked, 1):>9.3f}"
+            for s in self.stages
+        ]
+        total = (
+            f"{self.calls} calls, {self.samples} samples, "
+            f"{1e3 * self.own_seconds / max(self.calls, 1):.3f} ms a call in the cascade itself"
+        )
+        return "\n".join([header, *rows, total])
+
+
+class Counters:
+    """Adds up the counts of calls; any thread may add."""
+
+    def __init__(self, stages: Sequence[StageSpec]) -> None:
+        self._stages = tuple(stages)
+        self._lock = threading.Lock()
+        self._counts = [StageCounts() for _ in stages]
+        self._calls = 0
+        self._samples = 0
+        self._own_seconds = 0.0
+
+    def add(self, samples: int, seconds: float, counts: Sequence[StageCounts]) -> None:
+        """Add one call that took ``seconds`` in all."""
+        elsewhere = sum(c.seconds + c.decode_seconds + c.waited_seconds for c in counts)
+        with self._lock:
+            self._calls += 1
+            self._samples += samples
+            self._own_seconds += max(seconds - elsewhere, 0.0)
+            for total, count in zip(self._counts, counts, strict=True):
+                total.add(count)
+
+    def report(self) -> CascadeReport:
+        """The sums so far, as a copy."""
+        with self._lock:
+            stages = tuple(
+                StageReport(
+                    spec.name, *spec.thresholds, spec.combine, spec.when, dataclasses.replace(count)
+                )
+                for spec, count in zip(self._stages, self._counts, strict=True)
+            )
+            return CascadeReport(self._calls, self._samples, self._own_seconds, stages)
