@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from sn72engine.engine import Engine
 from sn72engine.model import OnnxModel, TensorSpec
-from sn72engine.spec import BuildOptions, RuntimeOptions
+from sn72engine.spec import BackendName, BuildOptions, RuntimeOptions
 
 Array = Any
 """A NumPy array or a torch tensor; which one is said where it matters."""
@@ -47,7 +47,7 @@ class Runner(Protocol):
 class Backend(Protocol):
     """Builds and opens engines of one kind."""
 
-    name: str
+    name: BackendName
 
     def version(self) -> str:
         """Version of the library, without loading it where that can be had."""
@@ -57,8 +57,17 @@ class Backend(Protocol):
         """What the engine will run on, resolved: ``cpu``, ``sm_90``. Part of the fingerprint."""
         ...
 
-    def build(self, model: OnnxModel, options: BuildOptions, folder: Path) -> BuiltFiles:
+    def build(
+        self,
+        model: OnnxModel,
+        options: BuildOptions,
+        folder: Path,
+        *,
+        progress: bool | None = None,
+    ) -> BuiltFiles:
         """Write the engine files for ``model`` into ``folder``.
+
+        ``progress`` shows (True), hides (False) or, on a terminal only (None), shows a bar.
 
         Raises:
             BuildError: the builder refused, with what to do about it.

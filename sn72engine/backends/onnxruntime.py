@@ -1,0 +1,231 @@
+"""ONNX Runtime: runs everywhere, and is the reference that the other backends are held to.
+
+The engine file is the ONNX file itself, optimised each time it is opened. A file that ONNX
+Runtime has optimised ahead is no better choice: the levels that keep it portable do not shorten
+opening, and the level that does rearranges weights for the instruction set of the machine that
+wrote it, so that the file would be wrong or slow elsewhere. (Timed on EfficientNet-Lite0 with one
+thread: 18 ms to open the plain file, 18 ms the portable one, 11 ms the one tied to the machine.)
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sn72engine import _deps
+from sn72engine.backends.base import Array, BuiltFiles
+from sn72engine.engine import Engine
+from sn72engine.errors import BuildError, MissingDependencyError, SessionError
+from sn72engine.half import to_half
+from sn72engine.model import OnnxModel, TensorSpec
+from sn72engine.spec import BackendName, BuildOptions, RuntimeOptions
+
+_FILE = "model.onnx"
+_CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
+
+#: ONNX Runtime's log level "error"; warnings about its own optimiser are of no use to callers.
+_LOG_ERRORS = 3
+
+#: What ONNX Runtime says -> what to do about it.
+_ADVICE = (
+    (
+        r"Unsupported model IR version",
+        "the file is newer than this ONNX Runtime reads: update onnxruntime, or export with an "
+        "older onnx",
+    ),
+    (
+        r"opset \d+ is under development|Opset .* is not supported|opset version",
+        "the file's operator set is newer than this ONNX Runtime: export with a lower opset",
+    ),
+    (
+        r"NOT_IMPLEMENTED|Could not find an implementation|is not a registered function/op",
+        "an operator has no kernel here: export without it, or choose another backend",
+    ),
+    (
+        r"external data|External data|file_size|cannot get file size",
+        "a weight file is absent or cut short: keep it beside the ONNX file",
+    ),
+    (
+        r"Failed to allocate|bad allocation|out of memory",
+        "not enough memory: lower the batch size",
+    ),
+)
+
+
+class OnnxRuntimeBackend:
+    """Builds and opens engines for ONNX Runtime, on the CPU or with its CUDA provider."""
+
+    name: BackendName = "onnxruntime"
+
+    def version(self) -> str:
+        """Installed version, from its metadata.
+
+        Raises:
+            MissingDependencyError: it is not installed.
+        """
+        version = _deps.version("onnxruntime")
+        if version is None:
+            hint = _deps.DEPENDENCIES["onnxruntime"].hint
+            raise MissingDependencyError(f"onnxruntime is not installed; run: {hint}")
+        return version
+
+    def target(self, options: BuildOptions) -> str:
+        """``cpu`` or ``cuda``: the file holds no machine code, so no architecture is named."""
+        return options.resolved_target
+
+    def build(
+        self,
+        model: OnnxModel,
+        options: BuildOptions,
+        folder: Path,
+        *,
+        progress: bool | None = None,
+    ) -> BuiltFiles:
+        """Write ``model.onnx`` and its weight files, and check that ONNX Runtime takes them.
+
+        On a CPU a Q/DQ model is rewritten for its 8-bit kernels (see ``qdq``); a float model is
+        copied as it is. ``workspace_bytes`` and ``optimization_level`` have no meaning here.
+
+        Raises:
+            BuildError: float16 is asked for on a CPU, or ONNX Runtime refuses the file.
+        """
+        ort = _onnxruntime()
+        target, device = folder / _FILE, self.target(options)
+        _check_device(ort, device, BuildError)
+        convert = options.precision == "fp16" and model.precision == "fp32"
+        if convert and device == "cpu":
+            raise BuildError(
+                "precision='fp16' on a CPU would run float32 kernels between casts, slower than "
+                "float32: use precision='fp32', or quantise the model and use 'int8'"
+            )
+        notes: tuple[str, ...] = ()
+        if convert:
+            notes = to_half(model.path, target)
+        elif model.precision == "int8" and device == "cpu":
+            from sn72engine.qdq import lower_for_cpu
+
+            notes = tuple(lower_for_cpu(model.path, target))
+        else:
+            _copy(model, target)
+        _open(ort, target, device, RuntimeOptions(threads=1), BuildError)
+        built = OnnxModel.open(target)
+        weights = [path.name for path in built.external_files()]
+        return BuiltFiles((_FILE, *weights), built.inputs, built.outputs, notes)
+
+    def open(self, engine: Engine, options: RuntimeOptions) -> OnnxRuntimeRunner:
+        """Load an engine.
+
+        Raises:
+            SessionError: ONNX Runtime refuses the file, or has no CUDA provider for it.
+        """
+        ort = _onnxruntime()
+        manifest = engine.manifest
+        device = "cuda" if manifest.target.startswith("cuda") else "cpu"
+        _check_device(ort, device, SessionError)
+        session = _open(ort, engine.path, device, options, SessionError)
+        return OnnxRuntimeRunner(session, manifest.inputs, manifest.outputs)
+
+
+class OnnxRuntimeRunner:
+    """One ONNX Runtime session.
+
+    Outputs are handed over, not copied: each call's arrays wrap the memory that the session
+    allocated for that call. Binding preallocated buffers was measured and is no faster, and its
+    results would be overwritten by the next call.
+    """
+
+    def __init__(
+        self, session: Any, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+    ) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self._session = session
+        self._names = [spec.name for spec in outputs]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Execute on NumPy arrays; the arrays returned belong to the caller.
+
+        Raises:
+            SessionError: ONNX Runtime reported failure.
+        """
+        if self._session is None:
+            raise SessionError("this engine was closed; load it again")
+        try:
+            results = self._session.run(self._names, inputs)
+        except Exception as error:  # its exceptions share no base class
+            raise SessionError(f"ONNX Runtime failed while running: {_explain(error)}") from error
+        return dict(zip(self._names, results, strict=True))
+
+    def close(self) -> None:
+        """Release the session."""
+        self._session = None
+
+
+def _onnxruntime() -> Any:
+    return _deps.require("onnxruntime", purpose="build and run ONNX Runtime engines")
+
+
+def _check_device(ort: Any, device: str, error: type[BuildError] | type[SessionError]) -> None:
+    if device == "cuda" and _CUDA not in ort.get_available_providers():
+        raise error(
+            "target='cuda': the installed ONNX Runtime has no CUDA provider; install "
+            "onnxruntime-gpu in place of onnxruntime, or use target='cpu'"
+        )
+
+
+def _open(
+    ort: Any,
+    path: Path,
+    device: str,
+    options: RuntimeOptions,
+    error_type: type[BuildError] | type[SessionError],
+) -> Any:
+    settings = ort.SessionOptions()
+    settings.log_severity_level = _LOG_ERRORS
+    settings.intra_op_num_threads = options.threads or 0  # 0: one per core
+    spinning = "1" if options.spinning else "0"
+    settings.add_session_config_entry("session.intra_op.allow_spinning", spinning)
+    settings.add_session_config_entry("session.inter_op.allow_spinning", spinning)
+    providers: list[Any] = [_CPU]
+    if device == "cuda":
+        providers.insert(0, (_CUDA, {"device_id": str(options.device_index)}))
+    try:
+        session = ort.InferenceSession(str(path), settings, providers=providers)
+    except Exception as error:  # its exceptions share no base class
+        raise error_type(f"ONNX Runtime refuses {path.name}: {_explain(error)}") from error
+    if device == "cuda" and session.get_providers()[0] != _CUDA:
+        # ONNX Runtime falls back to the CPU with no more than a log line.
+        raise error_type(
+            f"ONNX Runtime could not use CUDA device {options.device_index}: check the driver, "
+            "CUDA and cuDNN versions with 'sn72engine doctor', or use target='cpu'"
+        )
+    return session
+
+
+def _explain(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    for pattern, advice in _ADVICE:
+        if re.search(pattern, text):
+            return f"{text[:400]}. {advice[0].upper()}{advice[1:]}"
+    return text[:600]
+
+
+def _copy(model: OnnxModel, target: Path) -> None:
+    """Copy the ONNX file and its weight files; weights keep their names, which the file holds."""
+    shutil.copyfile(model.path, target)
+    for weights in model.external_files():
+        if weights.parent != model.path.parent or weights.name in (_FILE, ".."):
+            raise BuildError(
+                f"{model.path.name}: weight file {weights} must lie beside the ONNX file, under "
+                f"another name than {_FILE!r}; save the model again"
+            )
+        if not weights.is_file():
+            raise BuildError(
+                f"{model.path.name}: weight file {weights.name!r} is absent; keep it beside the "
+                "ONNX file"
+            )
+        shutil.copyfile(weights, target.parent / weights.name)

@@ -1,0 +1,125 @@
+"""ONNX file to engine: fingerprint it, take it from the store, or build it, try it and keep it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sn72engine import fingerprint
+from sn72engine.backends import get_backend
+from sn72engine.engine import Engine, Manifest
+from sn72engine.errors import BuildError
+from sn72engine.model import OnnxModel
+from sn72engine.spec import BuildOptions
+from sn72engine.store import Store, describe
+from sn72engine.trial import try_engine
+
+
+def build(
+    model: OnnxModel,
+    options: BuildOptions | None = None,
+    *,
+    store: Store | None = None,
+    progress: bool | None = None,
+) -> Engine:
+    """Build an engine, or take it from the store when it was built before.
+
+    What identifies a build is its fingerprint: the model with its weights, the preprocessing, the
+    options, the backend with its version, and the target. A stored engine is returned at once.
+    A new one is tried before it is kept, where this machine can run it: outputs must have the
+    declared shapes and be finite. An engine for a card that is not here is kept untried, and its
+    manifest says so.
+
+    Args:
+        model: the ONNX file; a Q/DQ file for ``precision="int8"``.
+        options: how to build; the defaults of :class:`BuildOptions` when None.
+        store: where engines are kept; the default store when None.
+        progress: show a progress bar; None shows it on a terminal.
+
+    Returns:
+        The engine in the store.
+
+    Raises:
+        BuildError: the options do not fit the model, the backend refused, or the new engine
+            computes nonsense. Nothing is kept then.
+        MissingDependencyError: the backend's library is not installed.
+        StoreError: the store cannot be written.
+    """
+    options = options if options is not None else BuildOptions()
+    store = store if store is not None else Store()
+    options = resolve_precision(model, options)
+    check_batch(model, options)
+    backend = get_backend(options.backend)
+    wanted = fingerprint.of(model, options, backend)
+
+    def make(folder: Path) -> Manifest:
+        started = time.perf_counter()
+        built = backend.build(model, options, folder, progress=progress)
+        seconds = time.perf_counter() - started
+        manifest = Manifest(
+            key=wanted.key,
+            backend=options.backend,
+            backend_version=backend.version(),
+            target=backend.target(options),
+            precision=options.precision,
+            batch=options.batch,
+            inputs=built.inputs,
+            outputs=built.outputs,
+            files=describe(folder, built.names),
+            fingerprint=wanted.to_dict(),
+            preprocess=model.preprocess,
+            quantization=model.quantization,
+            build_seconds=round(seconds, 3),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        return replace(manifest, notes=(*built.notes, *try_engine(Engine(folder, manifest))))
+
+    return store.get_or_build(wanted, make)
+
+
+def resolve_precision(model: OnnxModel, options: BuildOptions) -> BuildOptions:
+    """The options with the precision that the engine will have.
+
+    The option speaks of float models. A Q/DQ file is built as ``int8``, whose record it carries;
+    the default then resolves to that, so that one engine has one fingerprint.
+
+    Raises:
+        BuildError: ``int8`` for a model that is not quantised, ``fp16`` for one that is, or
+            ``fp32`` for a float16 file.
+    """
+    asked, held = options.precision, model.precision
+    if asked == "int8" and held != "int8":
+        raise BuildError(
+            f"precision='int8' needs a quantised model, and {model.path.name} is {held}: run "
+            "quantize first"
+        )
+    if held == "int8" and asked == "fp16":
+        raise BuildError(
+            f"{model.path.name} is quantised: build it with precision='int8', which keeps the "
+            "other layers in float16 on TensorRT and in float32 on a CPU"
+        )
+    if held == "fp16" and asked == "fp32":
+        raise BuildError(
+            f"{model.path.name} is float16: build it with precision='fp16', or export it in float32"
+        )
+    return replace(options, precision="int8") if held == "int8" else options
+
+
+def check_batch(model: OnnxModel, options: BuildOptions) -> None:
+    """Refuse a range of batch sizes that the model's shape rules out.
+
+    Raises:
+        BuildError: the batch axis is fixed, and the range holds another size.
+    """
+    batch = options.batch
+    if any(spec.shape and isinstance(spec.shape[0], str) for spec in model.inputs):
+        return
+    fixed = model.inputs[0].shape[0] if model.inputs and model.inputs[0].shape else None
+    if (batch.min, batch.max) != (fixed, fixed):
+        raise BuildError(
+            f"{model.path.name}: input {model.inputs[0]} takes batch {fixed} only, and "
+            f"batch={batch} asks for others; export with dynamic_batch=True, or build with "
+            f"batch=ShapeRange({fixed}, {fixed}, {fixed})"
+        )

@@ -1,0 +1,102 @@
+"""Rewrite a float32 ONNX file to compute in float16, for runtimes that take types as written."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sn72engine import _deps, onnx_file
+from sn72engine.errors import BuildError
+
+#: Largest finite float16, and the smallest positive one: a scale must not round to zero.
+_LARGEST = 65504.0
+_SMALLEST = 2.0**-24
+
+#: First operator set whose QuantizeLinear and DequantizeLinear take float16 scales.
+_QDQ_OPSET = 19
+
+
+def to_half(source: Path, target: Path) -> tuple[str, ...]:
+    """Write ``source`` to ``target`` with float16 arithmetic and float32 inputs and outputs.
+
+    Weights and scales are rounded to float16, held within its finite range and away from zero.
+    Operators that ONNX defines on float32 only (resizing scales, for one) keep float32 between
+    casts. In a Q/DQ file the part that is not quantised turns to float16; the 8-bit values keep
+    their scales, rounded.
+
+    Args:
+        source: float32 ONNX file, with any external weights beside it.
+        target: file to write; large weights go to a second file beside it.
+
+    Returns:
+        Remarks for the manifest.
+
+    Raises:
+        BuildError: the file cannot be converted, or its types do not check afterwards.
+    """
+    onnx = _deps.require("onnx", purpose="convert a model to float16")
+    float16 = _deps.require(
+        "onnxconverter_common", purpose="convert a model to float16", submodule="float16"
+    )
+    proto = onnx_file.load(source)
+    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+    quantised = any(node.op_type == "DequantizeLinear" for node in proto.graph.node)
+    if quantised and opset < _QDQ_OPSET:
+        raise BuildError(
+            f"{source.name}: opset {opset} has no float16 scales for Q/DQ nodes; export with "
+            f"opset {_QDQ_OPSET} or later"
+        )
+    # The converter tells casts apart by the names of the nodes they feed.
+    for index, node in enumerate(proto.graph.node):
+        node.name = node.name or f"{node.op_type}_unnamed_{index}"
+    beyond = _beyond_range(onnx, proto)
+    with warnings.catch_warnings():
+        # It warns of every tensor with a tiny value, of which trained weights are full.
+        warnings.simplefilter("ignore")
+        try:
+            proto = float16.convert_float_to_float16(
+                proto,
+                keep_io_types=True,
+                min_positive_val=_SMALLEST,
+                max_finite_val=_LARGEST,
+            )
+            # Shapes recorded for float32 tensors are stale now; readers infer them again.
+            del proto.graph.value_info[:]
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BuildError(
+                f"{source.name}: cannot be converted to float16 ({error}); export the module in "
+                "float16 (module.half()) or build with precision='fp32'"
+            ) from error
+    onnx_file.write(proto, target)
+    checked = target.with_suffix(".checked")
+    try:
+        onnx.shape_inference.infer_shapes_path(target, checked, check_type=True, strict_mode=True)
+    except Exception as error:  # onnx raises several unrelated types here
+        raise BuildError(
+            f"{source.name}: its float16 form does not type-check ({error}); export the module "
+            "in float16 (module.half()) or build with precision='fp32'"
+        ) from error
+    finally:
+        checked.unlink(missing_ok=True)
+    notes = ["weights and arithmetic converted to float16; inputs and outputs stay float32"]
+    if beyond:
+        notes.append(
+            f"{len(beyond)} weight tensors exceed float16's range and were held at 65504: "
+            f"{', '.join(beyond[:3])}"
+        )
+    return tuple(notes)
+
+
+def _beyond_range(onnx: Any, proto: Any) -> list[str]:
+    """Names of float32 weights that hold a finite value larger than float16 can."""
+    names = []
+    for tensor in proto.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT:
+            continue
+        values = onnx.numpy_helper.to_array(tensor)
+        if (np.isfinite(values) & (np.abs(values) > _LARGEST)).any():
+            names.append(tensor.name)
+    return names
