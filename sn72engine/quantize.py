@@ -21,6 +21,7 @@ from sn72engine import _deps, graph_cleanup, onnx_file, ranges
 from sn72engine.errors import CalibrationError, QuantizationError
 from sn72engine.model import OnnxModel, read_record, write_record
 from sn72engine.progress import Progress
+from sn72engine.qdq import store_int8_weights
 from sn72engine.quiet import quiet
 from sn72engine.spec import QuantizeOptions
 
@@ -74,13 +75,14 @@ def quantize(
         MissingDependencyError: nvidia-modelopt or onnx is absent.
     """
     _refuse_unfit(model)
-    onnx = _deps.require("onnx", purpose="quantise a model")
-    tool = _deps.require("modelopt", purpose="quantise a model", submodule="onnx.quantization")
+    tool = _deps.require(
+        "modelopt", purpose="quantise a model", submodule="onnx.quantization.quantize"
+    )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     proto = onnx_file.load(model.path)
     record = read_record(proto)
-    chosen, skipped = _select(onnx, proto, options)
+    chosen, skipped = _select(proto, options)
     steps = 2 * -(-data.samples // data.batch_size)
     with (
         tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
@@ -94,7 +96,7 @@ def quantize(
         bar.note(options.method)
         _run_modelopt(tool, source, result, _Reader(model, data, bar), chosen, options, external)
         quantised = onnx_file.load(result)
-    _store_int8_weights(onnx, quantised)
+    store_int8_weights(quantised)
     done = set(_quantised_nodes(quantised))
     kept = [name for name in chosen if name in done]
     if not kept:
@@ -144,9 +146,7 @@ def _refuse_unfit(model: OnnxModel) -> None:
         )
 
 
-def _select(
-    onnx: Any, proto: Any, options: QuantizeOptions
-) -> tuple[list[str], dict[str, str]]:
+def _select(proto: Any, options: QuantizeOptions) -> tuple[list[str], dict[str, str]]:
     """Names of the nodes to quantise, and name to reason for the others of these types.
 
     Nodes without a name are given one. Products of two activations (attention) stay in float:
@@ -240,7 +240,7 @@ def _run_modelopt(
 ) -> None:
     with quiet("modelopt.onnx") as said:
         try:
-            tool.quantize.quantize(
+            tool.quantize(
                 str(source),
                 quantize_mode="int8",
                 calibration_data_reader=reader,
@@ -272,31 +272,6 @@ def _linked_copy(source: Path) -> Path:
     copy = source.with_name("ranges.onnx")
     copy.write_bytes(source.read_bytes())
     return copy
-
-
-def _store_int8_weights(onnx: Any, proto: Any) -> None:
-    """Replace float weight -> QuantizeLinear by the int8 weight itself: a quarter of the size.
-
-    Rounds half to even and saturates, as QuantizeLinear does.
-    """
-    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
-    to_array, from_array = onnx.numpy_helper.to_array, onnx.numpy_helper.from_array
-    keep = []
-    for node in proto.graph.node:
-        if node.op_type != "QuantizeLinear" or node.input[0] not in constants:
-            keep.append(node)
-            continue
-        weight, scale, zero = (to_array(constants[name]) for name in node.input[:3])
-        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-        if scale.ndim:
-            aligned = [1] * weight.ndim
-            aligned[axis] = -1
-            scale, zero = scale.reshape(aligned), zero.reshape(aligned)
-        low, high = np.iinfo(zero.dtype).min, np.iinfo(zero.dtype).max
-        integers = np.clip(np.rint(weight / scale) + zero, low, high).astype(zero.dtype)
-        proto.graph.initializer.append(from_array(integers, node.output[0]))
-    del proto.graph.node[:]
-    proto.graph.node.extend(keep)
 
 
 def _quantised_nodes(proto: Any) -> list[str]:
