@@ -250,7 +250,8 @@ class Cascade:
                 known = ", ".join(checked) or "none"
                 raise OptionError(f"flags: no stage waits for {trigger!r}; triggers: {known}")
             array = np.asarray(values)
-            if array.dtype != bool or array.shape not in ((), (count,)):
+            good = array.dtype == bool or array.size == 0  # an empty list has no type
+            if not good or array.shape not in ((), (count,)):
                 raise InputError(
                     f"flags[{trigger!r}] must be a bool or {count} bools, got {array.dtype} of "
                     f"shape {array.shape}"
