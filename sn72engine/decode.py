@@ -43,6 +43,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,10 +61,15 @@ from PIL import (
 from sn72engine.errors import ImageError
 from sn72engine.spec import Options, check_int
 
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels; may lie between pixels."""
+
 Source = bytes | bytearray | memoryview | str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
 _BACKGROUND = (255, 255, 255, 255)
 _ORIENTATION_TAG = 0x0112
+#: Orientations from here to 8 exchange height and width.
+_ON_ITS_SIDE = 5
 #: EXIF orientation -> what makes it upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -96,6 +102,18 @@ class DecodeLimits(Options):
 DEFAULT = DecodeLimits()
 
 
+class Decoded(NamedTuple):
+    """A decoded image, and where in it the picture lies.
+
+    ``image`` has mode ``RGB``, is upright and is only for reading: it can be the caller's own.
+    ``area`` is the whole image, except that a JPEG decoded at 1/s of a size that s does not
+    divide has a last row or column of pixels that reaches past the picture's edge.
+    """
+
+    image: Image.Image
+    area: Box
+
+
 def decode(
     source: Source, *, limits: DecodeLimits = DEFAULT, at_least: tuple[int, int] | None = None
 ) -> NDArray[np.uint8]:
@@ -109,7 +127,8 @@ def decode(
             both sides stay at least twice as long. None decodes at full size.
 
     Returns:
-        uint8 array (H, W, 3), RGB, upright. An RGB array comes back as it is, not copied.
+        uint8 array (H, W, 3), RGB, upright, in C order and writeable. An RGB array comes back as
+        it is, not copied.
 
     Raises:
         ImageError: the image is refused; the message says why.
@@ -118,16 +137,13 @@ def decode(
     if isinstance(source, np.ndarray) and source.ndim == 3 and source.shape[2] == 3:
         _check_array(source, limits)
         return source
-    return np.array(decode_image(source, limits=limits, at_least=at_least))
+    return np.array(decode_image(source, limits=limits, at_least=at_least).image)
 
 
 def decode_image(
     source: Source, *, limits: DecodeLimits = DEFAULT, at_least: tuple[int, int] | None = None
-) -> Image.Image:
+) -> Decoded:
     """As :func:`decode`, but gives a Pillow image, which spares copies of large ones.
-
-    Returns:
-        Image of mode ``RGB``, upright. Only for reading: it can be ``source`` itself.
 
     Raises:
         ImageError: the image is refused; the message says why.
@@ -137,7 +153,8 @@ def decode_image(
         check_int("at_least", side, 1)
     if isinstance(source, np.ndarray):
         _check_array(source, limits)
-        return _to_rgb(_from_array(source))
+        rgb = _to_rgb(_from_array(source))
+        return Decoded(rgb, _whole(rgb))
     if isinstance(source, Image.Image):
         return _load(source, "image", limits, None)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -204,7 +221,7 @@ def _read(path: Path, limits: DecodeLimits) -> bytes:
 
 def _decode_bytes(
     data: bytes, name: str, limits: DecodeLimits, at_least: tuple[int, int] | None
-) -> Image.Image:
+) -> Decoded:
     if not data:
         raise ImageError(f"{name}: empty, 0 bytes")
     if len(data) > limits.max_bytes:
@@ -229,15 +246,16 @@ def _decode_bytes(
 
 def _load(
     image: Image.Image, name: str, limits: DecodeLimits, at_least: tuple[int, int] | None
-) -> Image.Image:
+) -> Decoded:
     """Decode an opened image whose header has been read; ``at_least`` may change ``image``."""
     _check_size(image.height, image.width, name, limits)
+    scaled = None
     if at_least is not None:
         height, width = at_least
-        if _orientation(image) >= 5:  # stored on its side
+        if _orientation(image) >= _ON_ITS_SIDE:
             height, width = width, height
-        # Pillow never goes below the size asked for; formats other than JPEG ignore the call.
-        image.draft(None, (2 * width, 2 * height))
+        # Pillow never goes below the size asked for; formats other than JPEG answer None.
+        scaled = image.draft(None, (2 * width, 2 * height))
     try:
         image.load()
         rgb = _to_rgb(image, name)
@@ -247,8 +265,26 @@ def _load(
         raise ImageError(f"{name}: cannot be decoded ({_reason(error)})") from error
     # After loading: a PNG may hold its EXIF data behind the pixels, and Pillow turns a TIFF
     # upright itself and takes the tag away.
-    method = _UPRIGHT.get(_orientation(image))
-    return rgb if method is None else rgb.transpose(method)
+    orientation = _orientation(image)
+    area = scaled[1] if scaled else _whole(rgb)
+    if orientation not in _UPRIGHT:
+        return Decoded(rgb, area)
+    rgb = rgb.transpose(_UPRIGHT[orientation])
+    return Decoded(rgb, _upright_area(rgb, area, orientation))
+
+
+def _whole(image: Image.Image) -> Box:
+    return 0.0, 0.0, float(image.width), float(image.height)
+
+
+def _upright_area(upright: Image.Image, area: Box, orientation: int) -> Box:
+    """``area``, which begins at the first stored pixel, where turning the image has put it."""
+    _, _, width, height = area
+    if orientation >= _ON_ITS_SIDE:
+        width, height = height, width
+    left = upright.width - width if orientation in (2, 3, 6, 7) else 0.0
+    top = upright.height - height if orientation in (3, 4, 7, 8) else 0.0
+    return left, top, left + width, top + height
 
 
 def _to_rgb(image: Image.Image, name: str = "image") -> Image.Image:

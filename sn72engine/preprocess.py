@@ -27,12 +27,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sn72engine import decode
-from sn72engine.decode import DecodeLimits, Source
+from sn72engine.decode import Box, Decoded, DecodeLimits, Source
 from sn72engine.errors import ImageError, InputError
 from sn72engine.spec import Preprocess
 
 Floats = NDArray[np.floating[Any]]
-Box = tuple[float, float, float, float]
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -65,15 +64,41 @@ def preprocess(
     """
     sources, single = _as_sequence(images)
     batch = np.empty((len(sources), *spec.shape), spec.dtype)
-    at_least = required_size(spec)
     for index, (source, out) in enumerate(zip(sources, batch, strict=True)):
         try:
-            _fill(decode.decode_image(source, limits=limits, at_least=at_least), spec, out)
+            preprocess_one(source, spec, out, limits=limits)
         except ImageError as error:
             if single:
                 raise
             raise ImageError(f"image {index} of {len(sources)}: {error}") from error
     return batch
+
+
+def preprocess_one(
+    source: Source,
+    spec: Preprocess,
+    out: Floats | None = None,
+    *,
+    limits: DecodeLimits = decode.DEFAULT,
+) -> Floats:
+    """Decode, crop, resize and normalise one image into one sample.
+
+    Args:
+        source: what :func:`sn72engine.decode.decode` takes.
+        spec: what to make of it.
+        out: array of ``spec.shape`` and ``spec.dtype`` to write into; a new one when None.
+        limits: what to refuse as too large.
+
+    Returns:
+        ``out``, or a new C-contiguous array of ``spec.shape`` and ``spec.dtype``.
+
+    Raises:
+        ImageError: the image is refused.
+        InputError: ``out`` does not fit ``spec``.
+    """
+    out = _checked(out, spec)
+    _fill(decode.decode_image(source, limits=limits, at_least=required_size(spec)), spec, out)
+    return out
 
 
 def transform(rgb: NDArray[np.uint8], spec: Preprocess, out: Floats | None = None) -> Floats:
@@ -93,15 +118,7 @@ def transform(rgb: NDArray[np.uint8], spec: Preprocess, out: Floats | None = Non
     """
     if rgb.ndim != 3 or rgb.shape[2] != 3:
         raise ImageError(f"rgb has shape {rgb.shape}; expected (H, W, 3)")
-    if out is None:
-        out = np.empty(spec.shape, spec.dtype)
-    elif out.shape != spec.shape or out.dtype != spec.dtype:
-        raise InputError(
-            f"out is {out.dtype}{list(out.shape)}; this preprocessing gives "
-            f"{spec.dtype}{list(spec.shape)}"
-        )
-    _fill(decode.decode_image(rgb), spec, out)
-    return out
+    return preprocess_one(rgb, spec, out)
 
 
 def required_size(spec: Preprocess) -> tuple[int, int] | None:
@@ -126,40 +143,50 @@ def _as_sequence(images: Source | Sequence[Source]) -> tuple[Sequence[Source], b
     return [cast("Source", images)], True
 
 
-def _fill(image: Image.Image, spec: Preprocess, out: Floats) -> None:
-    """Crop, resize and normalise an RGB image into ``out``."""
-    if spec.fit == "pad":
-        height, width = _fitted(image.height, image.width, spec)
+def _checked(out: Floats | None, spec: Preprocess) -> Floats:
+    if out is None:
+        return np.empty(spec.shape, spec.dtype)
+    if out.shape != spec.shape or out.dtype != spec.dtype:
+        raise InputError(
+            f"out is {out.dtype}{list(out.shape)}; this preprocessing gives "
+            f"{spec.dtype}{list(spec.shape)}"
+        )
+    return out
+
+
+def _fill(decoded: Decoded, spec: Preprocess, out: Floats) -> None:
+    """Crop, resize and normalise a decoded image into ``out``."""
+    box, height, width, inner = decoded.area, spec.height, spec.width, out
+    if spec.fit == "center_crop":
+        box = _cropped(box, spec)
+    elif spec.fit == "pad":
+        height, width = _fitted(box, spec)
         top, left = (spec.height - height) // 2, (spec.width - width) // 2
         rows, columns = slice(top, top + height), slice(left, left + width)
         out[...] = 0
         inner = out[:, rows, columns] if spec.layout == "nchw" else out[rows, columns]
-        box: Box = (0.0, 0.0, float(image.width), float(image.height))
-    else:
-        height, width, inner = spec.height, spec.width, out
-        box = _box(image.height, image.width, spec)
-    resized = image.resize((width, height), _FILTERS[spec.interpolation], box=box)
+    resized = decoded.image.resize((width, height), _FILTERS[spec.interpolation], box=box)
     _normalise(np.asarray(resized), spec, inner)
 
 
-def _box(height: int, width: int, spec: Preprocess) -> Box:
-    """Part of the source that is kept: left, top, right, bottom in source pixels."""
-    if spec.fit != "center_crop":
-        return 0.0, 0.0, float(width), float(height)
-    scale = spec.crop_fraction * min(height / spec.height, width / spec.width)
-    # Rounding may carry a full-size box past the edge, which Pillow refuses.
-    kept_height = min(spec.height * scale, float(height))
-    kept_width = min(spec.width * scale, float(width))
-    left, top = (width - kept_width) / 2, (height - kept_height) / 2
-    return left, top, min(left + kept_width, float(width)), min(top + kept_height, float(height))
+def _cropped(area: Box, spec: Preprocess) -> Box:
+    """The centred box that keeps the output's aspect ratio and ``crop_fraction`` of ``area``."""
+    left, top, right, bottom = area
+    scale = spec.crop_fraction * min((bottom - top) / spec.height, (right - left) / spec.width)
+    cut_across = (right - left - spec.width * scale) / 2
+    cut_down = (bottom - top - spec.height * scale) / 2
+    # Rounding may make a cut of 0 slightly negative, and Pillow refuses to leave the image.
+    cut_across, cut_down = max(cut_across, 0.0), max(cut_down, 0.0)
+    return left + cut_across, top + cut_down, right - cut_across, bottom - cut_down
 
 
-def _fitted(height: int, width: int, spec: Preprocess) -> tuple[int, int]:
-    """Size of the whole source scaled to lie inside the output, at least 1 x 1."""
-    scale = min(spec.height / height, spec.width / width)
+def _fitted(area: Box, spec: Preprocess) -> tuple[int, int]:
+    """Height and width of ``area`` scaled to lie inside the output, at least 1 x 1."""
+    left, top, right, bottom = area
+    scale = min(spec.height / (bottom - top), spec.width / (right - left))
     return (
-        min(max(round(height * scale), 1), spec.height),
-        min(max(round(width * scale), 1), spec.width),
+        min(max(round((bottom - top) * scale), 1), spec.height),
+        min(max(round((right - left) * scale), 1), spec.width),
     )
 
 

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sn72engine.decode import decode
 from sn72engine.errors import CalibrationError, ImageError
-from sn72engine.preprocess import Floats, required_size, transform
+from sn72engine.preprocess import Floats, preprocess_one
 from sn72engine.progress import Progress
 from sn72engine.spec import Preprocess
 
@@ -180,7 +179,7 @@ def sample_of(item: Any, spec: Preprocess | None, index: int) -> Floats:
             f"item {index} is a {kind}; without a Preprocess only float arrays can be samples"
         )
     try:
-        return transform(decode(item, at_least=required_size(spec)), spec)
+        return preprocess_one(item, spec)
     except ImageError as error:
         raise CalibrationError(f"item {index}: {error}") from error
 
