@@ -280,7 +280,8 @@ class Store:
         """Remove least recently used engines until the store fits its limit; returns their keys.
 
         Engines in ``keep`` stay, and so do engines whose lock is held because they are being
-        built or opened. A running session keeps the files that it has opened.
+        built or opened. A running session keeps the files that it has opened; an engine handed
+        out but not opened yet is safe only by being the one used last.
         """
         entries = self.entries()
         total = sum(entry.bytes for entry in entries)
@@ -575,23 +576,24 @@ def _is_partial_manifest(name: str) -> bool:
 
 
 def _check_file(folder: Path, file: EngineFile) -> None:
-    path = folder / file.name
-    problem = _name_problem(file.name) or _kind_problem(path)
-    if not problem and (size := path.stat().st_size) != file.bytes:
+    problem = _name_problem(file.name) or _kind_problem(folder / file.name)
+    if not problem and (size := (folder / file.name).stat().st_size) != file.bytes:
         problem = f"has {size} bytes where the manifest says {file.bytes}"
-    if not problem and (actual := file_sha256(path)) != file.sha256:
+    if not problem and (actual := file_sha256(folder / file.name)) != file.sha256:
         problem = f"has SHA-256 {actual} where the manifest says {file.sha256}"
     if problem:
         raise EngineCorruptError(f"{folder}: engine file {file.name!r} {problem}; build again")
 
 
 def _name_problem(name: object) -> str:
-    """What is wrong with an engine file's name; empty when it is a plain name."""
-    if not isinstance(name, str) or not name or name.startswith(".") or name == MANIFEST_NAME:
-        return "does not have a name that an engine file may have"
-    if any(sign in name for sign in "/\\:\0"):
-        return "is not a plain file name in the engine's own folder"
-    return ""
+    """What is wrong with an engine file's name; empty when it is plain and free."""
+    plain = (
+        isinstance(name, str)
+        and name not in ("", MANIFEST_NAME)
+        and not name.startswith(".")
+        and not any(sign in name for sign in "/\\:\0")
+    )
+    return "" if plain else "does not have a plain file name of its own"
 
 
 def _kind_problem(path: Path) -> str:
