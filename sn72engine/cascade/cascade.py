@@ -102,6 +102,11 @@ class Cascade:
         """What the cascade is made of."""
         return self._spec
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages, in order."""
+        return tuple(self._stages)
+
     def __call__(
         self,
         images: Sequence[Source],

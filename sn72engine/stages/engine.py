@@ -46,6 +46,11 @@ class EngineStage:
         self._positive = positive
         self.needs = required_size(session.preprocess)
 
+    @property
+    def target(self) -> str:
+        """What the engine was built for: ``cpu``, ``sm_89``."""
+        return self._session.manifest.target
+
     def prepare(self) -> None:
         """Run one black image, so that the first real one does not pay for warming up.
 
