@@ -81,7 +81,8 @@ def quantize_weight(
     zero = np.zeros(scale.shape, np.int8) if zero is None else zero
     limits = np.iinfo(zero.dtype)
     integers = np.rint(weight / along(scale, weight.ndim, axis)) + along(zero, weight.ndim, axis)
-    return np.clip(integers, limits.min, limits.max).astype(zero.dtype)
+    clipped: np.ndarray = np.clip(integers, limits.min, limits.max)
+    return clipped.astype(zero.dtype)
 
 
 def quantize_bias(

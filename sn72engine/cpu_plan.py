@@ -35,15 +35,14 @@ class Plan:
             quantised for the products that read them.
         products: ids of the product nodes that run on integers.
         operators: how many nodes of each operator run on integers.
-        without_range: names of convolutions and additions that stay in float because the range
-            of their result is not known.
+        left: why quantised products stay in float, with how many.
     """
 
     tensors: dict[str, Affine] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
     products: set[int] = field(default_factory=set)
     operators: Counter[str] = field(default_factory=Counter)
-    without_range: list[str] = field(default_factory=list)
+    left: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,16 +152,29 @@ def _integer_units(graph: Any, known: Mapping[str, Range], plan: Plan) -> list[_
             continue
         if unit.output in known:
             units[unit.output] = unit
-        else:
-            plan.without_range.append(node.name)
+        elif starts:
+            plan.left["the range of the result is not known"] += 1
             plan.products.discard(id(node))
-    wanted: dict[str, _Unit] = {}
-    readers: set[str] = {n.inputs[0].name for n in graph.nodes if id(n) in plan.products}
+    wanted: list[_Unit] = []
+    readers = {n.inputs[0].name for n in graph.nodes if id(n) in plan.products}
     for unit in reversed(units.values()):
-        if id(unit.node) in plan.products or unit.output in readers:
-            wanted[unit.output] = unit
+        starts = id(unit.node) in plan.products
+        if starts and unit.output not in readers and _cuts_patches(unit.node):
+            plan.left["a patch embedding that float layers read"] += 1
+            plan.products.discard(id(unit.node))
+        elif starts or unit.output in readers:
+            wanted.append(unit)
             readers.update(_data(unit.node))
-    return list(reversed(wanted.values()))
+    return wanted[::-1]
+
+
+def _cuts_patches(node: Any) -> bool:
+    """Whether a convolution cuts its input into tiles, as the first layer of a transformer does.
+
+    It is a small part of the work there, and rounding its result would round the residual stream.
+    """
+    kernel = list(node.attrs.get("kernel_shape", ()))
+    return bool(kernel) and max(kernel) > 1 and kernel == list(node.attrs.get("strides", ()))
 
 
 def _units(graph: Any) -> Iterator[_Unit]:

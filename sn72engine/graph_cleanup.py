@@ -17,8 +17,15 @@ FOLD_LIMIT_BYTES = 64 << 20
 
 #: Operators that give another answer on each run: two of them are never the same value.
 _RANDOM = frozenset(
-    "Bernoulli Dropout Multinomial RandomNormal RandomNormalLike RandomUniform "
-    "RandomUniformLike".split()
+    (
+        "Bernoulli",
+        "Dropout",
+        "Multinomial",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    )
 )
 
 

@@ -74,12 +74,14 @@ def store_int8_weights(proto: Any) -> None:
     kept = []
     for node in proto.graph.node:
         inputs = list(node.input)
-        if node.op_type != "QuantizeLinear" or not all(name in constants for name in inputs):
+        constant = len(inputs) == 3 and all(name in constants for name in inputs)
+        # Scales in blocks have as many axes as the weight; they stay as they are.
+        if node.op_type != "QuantizeLinear" or not constant or len(constants[inputs[1]].dims) > 1:
             kept.append(node)
             continue
-        arrays = [onnx.numpy_helper.to_array(constants[name]) for name in inputs]
+        weight, scale, zero = (onnx.numpy_helper.to_array(constants[name]) for name in inputs)
         axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-        integers = affine.quantize_weight(arrays[0], arrays[1], axis, *arrays[2:])
+        integers = affine.quantize_weight(weight, scale, axis, zero)
         proto.graph.initializer.append(onnx.numpy_helper.from_array(integers, node.output[0]))
     del proto.graph.node[:]
     proto.graph.node.extend(kept)
@@ -138,19 +140,31 @@ def _is_product(gs: Any, node: Any, scales: Mapping[str, Range]) -> bool:
     """Whether a node had both operands quantised, in a way that ONNX Runtime has a kernel for."""
     if node.op not in cpu_plan.PRODUCTS or node.inputs[0].name not in scales:
         return False
-    weight = _weight(gs, node)
-    if weight is None or weight.inputs[0].dtype != np.int8:
-        return False
-    if len(weight.inputs) > 2 and weight.inputs[2].values.any():
-        return False
-    if len(node.inputs) > 2 and not isinstance(node.inputs[2], gs.Constant):
-        return False
     attributes = node.attrs
     plain = attributes.get("alpha", 1.0) == 1.0 and attributes.get("beta", 1.0) == 1.0
-    return plain and not attributes.get("transA", 0)
+    weight = _weight(gs, node)
+    if weight is None or not plain or attributes.get("transA", 0):
+        return False
+    integers, scale, *zero = (tensor.values for tensor in weight.inputs)
+    channel = _channel_axis(node, integers.ndim)
+    per_channel = scale.ndim == 1 and weight.attrs.get("axis", 1) % integers.ndim == channel
+    symmetric = integers.dtype == np.int8 and not any(np.any(z) for z in zero)
+    if not symmetric or not (scale.size == 1 or per_channel):
+        return False
+    if len(node.inputs) < 3 or node.inputs[2].is_empty():
+        return True
+    bias = node.inputs[2]
+    return isinstance(bias, gs.Constant) and bias.values.size in (1, integers.shape[channel])
 
 
-def _weight(gs: Any, node: Any) -> Any | None:
+def _channel_axis(node: Any, ndim: int) -> int:
+    """Axis of a product's weight that counts its output channels."""
+    if node.op == "Conv" or node.attrs.get("transB", 0):
+        return 0
+    return ndim - 1
+
+
+def _weight(gs: Any, node: Any) -> Any:
     """The DequantizeLinear that gives a node its constant weight, or None."""
     makers = node.inputs[1].inputs
     if len(makers) != 1 or makers[0].op != "DequantizeLinear":
@@ -211,15 +225,15 @@ def _set_bias(gs: Any, graph: Any, node: Any, plan: Plan) -> None:
     """Give a product an int32 bias in units of input scale times weight scale."""
     if len(node.inputs) < 3 or node.inputs[2].is_empty():
         return
-    bias = np.ravel(node.inputs[2].values)
     weight = _weight(gs, node)
-    assert weight is not None
+    axis = _channel_axis(node, len(weight.inputs[0].shape))
+    bias = np.broadcast_to(np.ravel(node.inputs[2].values), weight.inputs[0].shape[axis])
     unit, old = plan.tensors[node.inputs[0].name].scale, weight.inputs[1].values
+    old = old.reshape(()) if old.size == 1 else old
     integers, scales = affine.quantize_bias(bias, unit, old)
     if np.array_equal(scales, np.broadcast_to(old, scales.shape)):
         scales = old
     else:
-        axis = 0 if node.op == "Conv" or node.attrs.get("transB", 0) else 1
         exact = _weight_values(weight)
         name = f"{node.name}_weight"
         node.inputs[1] = gs.Variable(f"{name}_float", np.float32, exact.shape)
@@ -274,11 +288,7 @@ def _weight_values(dequantize: Any) -> np.ndarray:
 def _notes(plan: Plan, products: int, ranged: bool) -> tuple[str, ...]:
     counts = ", ".join(f"{count} {name}" for name, count in sorted(plan.operators.items()))
     notes = [f"INT8 for a CPU: on integers {counts or 'nothing'}"]
-    if len(plan.products) < products:
-        notes.append(
-            f"{products - len(plan.products)} of {products} quantised products stay in float: the "
-            "range of their result is not known"
-        )
+    notes += [f"{n} of {products} products stay in float: {why}" for why, n in plan.left.items()]
     if not ranged:
         notes.append(
             "the model's record holds no tensor ranges, so additions stay in float; quantise it "

@@ -75,9 +75,10 @@ def quantize(
         MissingDependencyError: nvidia-modelopt or onnx is absent.
     """
     _refuse_unfit(model)
-    tool = _deps.require(
-        "modelopt", purpose="quantise a model", submodule="onnx.quantization.quantize"
-    )
+    with quiet():
+        tool = _deps.require(
+            "modelopt", purpose="quantise a model", submodule="onnx.quantization.quantize"
+        )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     proto = onnx_file.load(model.path)
@@ -91,6 +92,7 @@ def quantize(
         source, result = Path(folder) / "source.onnx", Path(folder) / "result.onnx"
         external = onnx_file.weight_bytes(proto) > onnx_file.EXTERNAL_DATA_BYTES
         onnx_file.write(proto, source)
+        del proto  # ModelOpt loads its own copy
         bar.note("ranges")
         found = ranges.collect(_linked_copy(source), _feeds(model, data, bar))
         bar.note(options.method)
@@ -104,6 +106,7 @@ def quantize(
             f"0 of {len(chosen)} nodes were quantised: ModelOpt took none of "
             f"{', '.join(chosen[:5])}; its integer kernels want at least {NARROW} channels"
         )
+    asked = len(chosen) + sum(name not in options.exclude for name in skipped)
     skipped.update({n: "left in float by ModelOpt" for n in chosen if n not in done})
     quantised, _ = graph_cleanup.clean(quantised)
     record["quantization"] = {
@@ -114,7 +117,7 @@ def quantize(
         "batch_size": data.batch_size,
         "data_sha256": data.data_sha256(),
         "modelopt": _deps.version("modelopt"),
-        "asked": len(kept) + len(skipped),
+        "asked": asked,
         "quantised": len(kept),
         "nodes": kept,
         "skipped": skipped,
@@ -216,17 +219,17 @@ class _Reader:
     """Calibration data in the form that ONNX Runtime's calibrators read (``get_next``)."""
 
     def __init__(self, model: OnnxModel, data: Iterable[np.ndarray], bar: Progress) -> None:
-        self._make = lambda: _feeds(model, data, bar)
-        self._feeds = self._make()
+        self._arguments = (model, data, bar)
+        self.rewind()
 
     def get_next(self) -> Feed | None:
         return next(self._feeds, None)
 
     def get_first(self) -> Feed | None:
-        return next(self._make(), None)
+        return next(_feeds(*self._arguments), None)
 
     def rewind(self) -> None:
-        self._feeds = self._make()
+        self._feeds = _feeds(*self._arguments)
 
 
 def _run_modelopt(
@@ -261,10 +264,11 @@ def _run_modelopt(
             raise
         except Exception as error:
             raise QuantizationError(
-                f"ModelOpt failed: {type(error).__name__}: {error}\n{said.getvalue()[-2000:]}".rstrip()
+                f"ModelOpt failed: {type(error).__name__}: {error}; it said:\n"
+                f"{said.getvalue()[-2000:]}"
             ) from error
     if not result.is_file():
-        raise QuantizationError(f"ModelOpt wrote no file\n{said.getvalue()[-2000:]}".rstrip())
+        raise QuantizationError(f"ModelOpt wrote no file; it said:\n{said.getvalue()[-2000:]}")
 
 
 def _linked_copy(source: Path) -> Path:

@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 
 from sn72engine import _deps
+from sn72engine.cpu_plan import ACTIVATIONS, JOINS, MOVES, POOLS, PRODUCTS
 from sn72engine.errors import CalibrationError
 
-#: Operators whose inputs and outputs may be held as integers by a CPU engine.
-INTEGER_OPS = frozenset(
-    "Add AveragePool Clip Concat Conv Flatten Gemm GlobalAveragePool MatMul MaxPool ReduceMean "
-    "Relu Reshape Squeeze Transpose Unsqueeze".split()
-)
+#: Operators whose inputs and outputs a CPU engine may hold as integers. A mean may become a pool.
+INTEGER_OPS = PRODUCTS | ACTIVATIONS | JOINS | POOLS | MOVES | {"ReduceMean"}
 
 _MIN, _MAX = "sn72.min.", "sn72.max."
 
