@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from sn72engine.spec import BackendName, BuildOptions, RuntimeOptions
 from sn72engine.timing_cache import TimingCache
 
 _FILE = "model.engine"
+
+#: How often the waiting thread looks up: a signal that another thread received wakes nobody.
+_POLL_SECONDS = 0.2
 
 
 class TensorRTBackend:
@@ -275,8 +278,10 @@ def _run_builder(trt: Any, builder: Any, network: Any, config: Any, bar: Progres
 
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:
-            future = pool.submit(work)
             try:
+                future = pool.submit(work)
+                while not future.done():
+                    wait([future], timeout=_POLL_SECONDS)
                 return future.result()
             except KeyboardInterrupt:
                 monitor.cancelled.set()
