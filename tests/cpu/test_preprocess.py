@@ -418,7 +418,7 @@ def test_draft_differs_by_less_than_resampling_noise(
     assert (quick != whole).any()  # the shorter way was taken
     # Yardstick: what choosing another good filter changes on the same pixels. 901 and 1203 are
     # no multiples of the scale, so this also shows that the partial last pixels are left out.
-    assert np.abs(quick - whole).mean() < 0.65 * np.abs(other - whole).mean()
+    assert np.abs(quick - whole).mean() < 0.75 * np.abs(other - whole).mean()
 
 
 def test_draft_leaves_other_sources_alone() -> None:
