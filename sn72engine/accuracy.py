@@ -155,8 +155,9 @@ class _OutputStatistics:
         if a.size == 0:
             return
         self._max_abs = max(self._max_abs, float(np.abs(a - b).max()))
-        self._whole += (a * b).sum(), (a * a).sum(), (b * b).sum()
-        # Scaled to a largest element of 1, so that no square of a float64 over- or underflows.
+        if self._single:
+            self._whole += (a * b).sum(), (a * a).sum(), (b * b).sum()
+        # Scaled to a largest element of 1, so that no square over- or underflows.
         a, b = a / _largest(a), b / _largest(b)
         cosine = _cosine((a * b).sum(axis=1), (a * a).sum(axis=1), (b * b).sum(axis=1))
         worst = int(np.argmin(cosine))
