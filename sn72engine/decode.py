@@ -211,8 +211,9 @@ def _read(path: Path, limits: DecodeLimits) -> bytes:
         if not path.is_file():
             raise ImageError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
         with path.open("rb") as file:
-            # One byte more than allowed is enough to refuse, however long the file is.
-            return file.read(limits.max_bytes + 1)
+            # One byte more than allowed is enough to refuse, however long the file is. Python
+            # takes memory for all that is asked for, so no more is asked for than there is.
+            return file.read(min(path.stat().st_size, limits.max_bytes) + 1)
     except (OSError, ValueError) as error:
         if isinstance(error, ImageError):
             raise
