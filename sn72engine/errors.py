@@ -89,3 +89,9 @@ class CascadeError(Sn72Error):
     """The cascade cannot run as specified, or broke one of its own invariants."""
 
     exit_code = 7
+
+
+class CudaUnavailableError(Sn72Error):
+    """The GPU or its kernels cannot be used here; the message says why. Callers fall back."""
+
+    exit_code = 7

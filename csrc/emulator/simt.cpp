@@ -145,6 +145,8 @@ void run_block(unsigned threads) {
     order[t] = t;
   }
   for (;;) {
+    // Some warps sit out a round, so that others run ahead as far as barriers let them.
+    const unsigned awake = (*random_source)() % 4 ? static_cast<unsigned>((*random_source)()) : ~0u;
     bool progress = false;
     unsigned ended = 0;
     for (unsigned t = threads; t > 1; --t) {
@@ -152,7 +154,7 @@ void run_block(unsigned threads) {
     }
     for (const unsigned thread : order) {
       if (fibers[thread].wait == Wait::NOTHING) {
-        resume(thread);
+        if (awake >> (thread / WARP) & 1u) resume(thread);
         progress = true;
       }
       ended += fibers[thread].wait == Wait::END;
