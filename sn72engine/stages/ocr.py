@@ -6,6 +6,7 @@ a sign that can be read settles the matter, and no sign says nothing.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ class OcrOptions(Options):
     """What to look for in an image.
 
     Args:
-        keywords: any of these in a line of text makes the image positive. Case, accents, spaces
-            and punctuation do not count, so ``road work`` also finds ``ROADWORK`` and
-            ``Road-Work``; a keyword also matches inside a longer word.
+        keywords: any of these in the text makes the image positive. Case, accents, spaces and
+            punctuation do not count, so ``road work`` also finds ``ROADWORK`` and ``Road-Work``;
+            between words the text may go on in the next line, as it does on signs. A keyword also
+            matches inside a longer word.
         min_confidence: lines that the reader is less sure of than this are ignored.
         min_size: smallest decoded height and width in pixels; small print needs more. None reads
             the full image, which makes every image of the cascade be decoded at full size.
@@ -53,14 +55,14 @@ class OcrOptions(Options):
 class OcrStage:
     """Reads text with RapidOCR (PP-OCR on ONNX Runtime, on the CPU).
 
-    The probability of an image is the reader's confidence in its surest line that holds a
-    keyword, and 0 when there is none.
+    The probability of an image is the reader's confidence in the keyword it is surest of, and 0
+    when there is none.
     """
 
     def __init__(self, options: OcrOptions) -> None:
         self.options = options
         self.needs = None if options.min_size is None else (options.min_size, options.min_size)
-        self._keywords = tuple(squeeze(keyword) for keyword in options.keywords)
+        self._patterns = tuple(keyword_pattern(keyword) for keyword in options.keywords)
         self._reader: Any = None
 
     def prepare(self) -> None:
@@ -90,27 +92,37 @@ class OcrStage:
             return 0.0
         return keyword_confidence(
             zip(answer.txts, answer.scores, strict=True),
-            self._keywords,
+            self._patterns,
             self.options.min_confidence,
         )
 
 
+def keyword_pattern(keyword: str) -> re.Pattern[str]:
+    """What a keyword looks like in squeezed lines that are joined by line breaks."""
+    words = [re.escape(word) for word in map(squeeze, keyword.split()) if word]
+    return re.compile("\\n?".join(words))
+
+
 def keyword_confidence(
-    lines: Iterable[tuple[str, float]], keywords: Sequence[str], min_confidence: float
+    lines: Iterable[tuple[str, float]], patterns: Sequence[re.Pattern[str]], min_confidence: float
 ) -> float:
-    """Highest confidence of a line that holds a keyword; 0 when none does.
+    """Confidence in the keyword that is read most surely; 0 when none is read.
+
+    A keyword that goes over several lines is read as surely as the least sure of them.
 
     Args:
-        lines: text and confidence in [0, 1] of each line.
-        keywords: already squeezed, see :func:`squeeze`.
-        min_confidence: lines below it are ignored.
+        lines: text and confidence in [0, 1] of each line, in reading order.
+        patterns: see :func:`keyword_pattern`.
+        min_confidence: lines below it are left out.
     """
-    hits = [
-        min(float(confidence), 1.0)
-        for text, confidence in lines
-        if confidence >= min_confidence and any(k in squeeze(text) for k in keywords)
-    ]
-    return max(hits, default=0.0)
+    kept = [(squeeze(text), min(float(c), 1.0)) for text, c in lines if c >= min_confidence]
+    text = "\n".join(line for line, _ in kept)
+    best = 0.0
+    for pattern in patterns:
+        for match in pattern.finditer(text):
+            first, last = (text.count("\n", 0, end) for end in match.span())
+            best = max(best, min(c for _, c in kept[first : last + 1]))
+    return best
 
 
 def squeeze(text: str) -> str:

@@ -41,7 +41,7 @@ def to_scores(outputs: Any, score: Score, *, positive: int = 1) -> StageScores:
         )
     shares = _softmax(values)
     if score == "top1":
-        best = shares.argmax(axis=1)
+        best = values.argmax(axis=1)  # of the logits: shares may round to the same value
         return StageScores(shares[np.arange(len(shares)), best], labels=best)
     if positive >= values.shape[1]:
         raise InputError(
