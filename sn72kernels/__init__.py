@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sn72kernels.library import Choice
+    from sn72kernels.ops.cascade_route.op import cascade_route
+    from sn72kernels.ops.ensemble_vote.op import ensemble_vote
     from sn72kernels.ops.layernorm_gelu.op import layernorm_gelu
 
 # Public op -> folder under sn72kernels.ops that defines it.
 OPS: dict[str, str] = {
+    "cascade_route": "cascade_route",
+    "ensemble_vote": "ensemble_vote",
     "layernorm_gelu": "layernorm_gelu",
 }
 
-__all__ = ["OPS", "explain", "layernorm_gelu"]
+__all__ = ["OPS", "cascade_route", "ensemble_vote", "explain", "layernorm_gelu"]
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Choice:

@@ -138,14 +138,19 @@ def achieved_gb_s(index: int) -> float:
             target.copy_(source)
         best = float("inf")
         for _ in range(10):
-            start = torch.cuda.Event(enable_timing=True)
-            stop = torch.cuda.Event(enable_timing=True)
+            start, stop = _event(), _event()
             start.record()
             target.copy_(source)
             stop.record()
             stop.synchronize()
             best = min(best, start.elapsed_time(stop))
     return 2 * size / best / 1e6
+
+
+def _event() -> torch.cuda.Event:
+    import torch
+
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _index(device: torch.device) -> int:

@@ -23,7 +23,7 @@ from sn72kernels.errors import ArgumentError, NoTritonError
 
 NAMESPACE = "sn72"
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def _takes_everything(*_: Any) -> None:

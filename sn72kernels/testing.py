@@ -98,14 +98,15 @@ def poisoned() -> Iterator[None]:
 
     was = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    switch: Any = torch.utils.deterministic
+    fill = switch.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    switch.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        switch.fill_uninitialized_memory = fill
 
 
 # --- compile-only checks -------------------------------------------------------------------
@@ -191,13 +192,13 @@ def compile_table(
     ops: Sequence[str], architectures: Sequence[int] = ARCHITECTURES
 ) -> list[Compiled]:
     """Compile every case of every op for every architecture; each distinct kernel once."""
-    table = []
+    table: list[Compiled] = []
     for op in ops:
         module = importlib.import_module(f"sn72kernels.ops.{op}.op")
         for label, (call, args) in module.compile_cases().items():
             for arch in architectures:
-                for launch in record(call, *args, arch=arch):
-                    table.append(compile_launch(launch, arch, f"{op}: {label}"))
+                launches = record(call, *args, arch=arch)
+                table.extend(compile_launch(each, arch, f"{op}: {label}") for each in launches)
     return table
 
 

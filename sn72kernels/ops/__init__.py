@@ -1,1 +1,1 @@
-"""One folder per op: ``reference.py`` (plain PyTorch), ``kernel.py`` (Triton), ``op.py`` (the rest)."""
+"""One folder per op: ``reference.py`` (PyTorch), ``kernel.py`` (Triton), ``op.py`` (the rest)."""

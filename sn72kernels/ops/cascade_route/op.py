@@ -1,0 +1,244 @@
+"""Early-exit routing: checks, launchers and registration."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from sn72kernels import library, tuning
+from sn72kernels.errors import ArgumentError, check_tensor
+from sn72kernels.ops.cascade_route import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Up to here one program loops over the batch and one launch does it all. Above, one program's
+# memory parallelism is too little and two launches over many programs take over.
+LOOP_LIMIT = 16384
+BLOCK = 4096
+LARGEST_BATCH = 1 << 24
+MOST_BUCKETS = 64
+
+
+class Routing(NamedTuple):
+    """Where every sample goes. All tensors are on the device of the scores.
+
+    Attributes:
+        routes: uint8 (n,): 0 negative exit, 1 positive exit, 2 escalate.
+        positions: int32 (n,): ``positions[:escalated]`` are the places of the escalated samples
+            in their order; the rest is 0, so that padding rows of a bucket read sample 0.
+        summary: int32 (4,): number escalated; bucket; number of negative and of positive exits.
+            The bucket is the place in ``buckets`` of the smallest size that holds the escalated
+            samples, and ``len(buckets)`` when there are none.
+        probability: float32 (n,): the scores, after the sigmoid where one was asked for.
+    """
+
+    routes: torch.Tensor
+    positions: torch.Tensor
+    summary: torch.Tensor
+    probability: torch.Tensor
+
+    @property
+    def escalated(self) -> torch.Tensor:
+        """Number of escalated samples, int32, zero-dimensional (a view)."""
+        return self.summary[0]
+
+    @property
+    def bucket(self) -> torch.Tensor:
+        """Chosen bucket, int32, zero-dimensional (a view)."""
+        return self.summary[1]
+
+
+def cascade_route(
+    scores: torch.Tensor,
+    low: float | torch.Tensor,
+    high: float | torch.Tensor,
+    *,
+    from_logits: bool = False,
+    buckets: Sequence[int] = (),
+) -> Routing:
+    """Decide which samples leave the cascade here, and list the rest in order.
+
+    ``p < low`` leaves negative, ``p > high`` leaves positive, and everything else escalates:
+    ties, NaN, infinities, values outside [0, 1], ``low > high`` and NaN thresholds. Comparisons
+    are float32 and every implementation gives the same bits, the sigmoid included. Nothing
+    waits for the device, and on CUDA the call can be captured in a graph.
+
+    Args:
+        scores: shape (n,), any stride, float32, float16 or bfloat16; n <= 2^24.
+        low: threshold, or a tensor of shape (n,) or () on the device of ``scores``. A tensor can
+            change between replays of a captured graph; a number is fixed at capture.
+        high: likewise.
+        from_logits: the scores are logits. A logit that is not finite becomes NaN and escalates.
+        buckets: batch sizes of the next stage, ascending, the last >= n; at most 64.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
+        ArgumentError: ``buckets`` is not usable, or the batch is too large.
+    """
+    check_tensor("scores", scores, shape=(None,), dtype=DTYPES)
+    sizes = _check_buckets(buckets, scores.shape[0])
+    lows, highs, bottom, top = _thresholds(scores, low, high)
+    return Routing(*_route(scores.detach(), lows, highs, bottom, top, from_logits, sizes))
+
+
+def explain(scores: torch.Tensor, *args: Any, **kwargs: Any) -> library.Choice:
+    """Which implementation a call with these arguments would run, and why."""
+    choice = library.choose(ROUTE, scores.device, scores)
+    if choice.implementation == "reference":
+        return choice
+    n = scores.shape[0]
+    config = {"launches": 1 if n <= LOOP_LIMIT else 2, "block": _block(n)}
+    return library.Choice(choice.op, choice.implementation, choice.reason, config)
+
+
+# --- launcher ------------------------------------------------------------------------------
+
+
+def launch_route(
+    scores: torch.Tensor,
+    lows: torch.Tensor | None,
+    highs: torch.Tensor | None,
+    low: float,
+    high: float,
+    from_logits: bool,
+    buckets: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Triton counterpart of :func:`reference.route`, same arguments and results."""
+    from sn72kernels.ops.cascade_route import kernel
+
+    n = scores.shape[0]
+    routes = torch.empty(n, dtype=torch.uint8, device=scores.device)
+    positions = torch.empty(n, dtype=torch.int32, device=scores.device)
+    summary = torch.empty(4, dtype=torch.int32, device=scores.device)
+    probability = torch.empty(n, dtype=torch.float32, device=scores.device)
+    strides = (
+        scores.stride(0),
+        0 if lows is None else lows.stride(0),
+        0 if highs is None else highs.stride(0),
+    )
+    block = _block(n)
+    flags = {
+        "FROM_LOGITS": from_logits,
+        "PER_SAMPLE": lows is not None,
+        "BLOCK": block,
+        "num_warps": max(1, min(8, block // 128)),
+        "enable_fp_fusion": False,
+    }
+    if n <= LOOP_LIMIT:
+        library.launch(
+            kernel.route_loop, (1,),
+            scores, lows, highs, low, high, routes, positions, summary, probability, n, *strides,
+            BUCKETS=tuple(buckets), **flags,
+        )  # fmt: skip
+        return routes, positions, summary, probability
+    blocks = -(-n // block)
+    counts = torch.empty((3, blocks), dtype=torch.int32, device=scores.device)
+    library.launch(
+        kernel.route_blocks, (blocks,),
+        scores, lows, highs, low, high, routes, counts, probability, n, blocks, *strides,
+        **flags,
+    )  # fmt: skip
+    library.launch(
+        kernel.compact_blocks, (blocks,),
+        routes, counts, positions, summary, n, blocks,
+        BUCKETS=tuple(buckets), BLOCKS=tuning.power_of_two(blocks), BLOCK=block,
+        num_warps=flags["num_warps"],
+    )  # fmt: skip
+    return routes, positions, summary, probability
+
+
+def _block(n: int) -> int:
+    """Samples per step: the batch in one step where it fits."""
+    return min(BLOCK, max(32, tuning.power_of_two(n)))
+
+
+# --- registration --------------------------------------------------------------------------
+
+
+def _fake_route(
+    scores: torch.Tensor,
+    lows: torch.Tensor | None,
+    highs: torch.Tensor | None,
+    low: float,
+    high: float,
+    from_logits: bool,
+    buckets: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        scores.new_empty(scores.shape, dtype=torch.uint8),
+        scores.new_empty(scores.shape, dtype=torch.int32),
+        scores.new_empty(4, dtype=torch.int32),
+        scores.new_empty(scores.shape, dtype=torch.float32),
+    )
+
+
+ROUTE = library.OpSpec(
+    name="cascade_route",
+    schema=(
+        "(Tensor scores, Tensor? lows, Tensor? highs, float low, float high, bool from_logits, "
+        "int[] buckets) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    reference=reference.route,
+    launch=launch_route,
+    fake=_fake_route,
+)
+_route = library.register(ROUTE)
+
+
+# --- checks --------------------------------------------------------------------------------
+
+
+def _thresholds(
+    scores: torch.Tensor, low: float | torch.Tensor, high: float | torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None, float, float]:
+    """Both thresholds as tensors where one is a tensor, else both as numbers."""
+    if not isinstance(low, torch.Tensor) and not isinstance(high, torch.Tensor):
+        return None, None, float(low), float(high)
+    return _per_sample("low", low, scores), _per_sample("high", high, scores), 0.0, 0.0
+
+
+def _per_sample(name: str, value: float | torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        return torch.full((), float(value), device=scores.device).expand(scores.shape)
+    shape = () if value.dim() == 0 else scores.shape
+    check_tensor(name, value, shape=shape, dtype=torch.float32, device=scores.device)
+    return value.detach().expand(scores.shape)
+
+
+def _check_buckets(buckets: Sequence[int], n: int) -> list[int]:
+    sizes = [int(size) for size in buckets]
+    if n > LARGEST_BATCH:
+        raise ArgumentError(f"the batch has {n} samples; split it into batches of {LARGEST_BATCH}")
+    if len(sizes) > MOST_BUCKETS:
+        raise ArgumentError(f"there are {len(sizes)} buckets; give at most {MOST_BUCKETS}")
+    if any(b <= a for a, b in itertools.pairwise([0, *sizes])):
+        raise ArgumentError(f"buckets is {sizes}; give positive sizes in ascending order")
+    if sizes and sizes[-1] < n:
+        raise ArgumentError(
+            f"the largest bucket, {sizes[-1]}, cannot hold the {n} samples that may escalate; "
+            f"add a bucket >= {n}"
+        )
+    return sizes
+
+
+def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Launcher calls that between them reach every kernel, for compile-only checks."""
+
+    def tensor(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(n, dtype=dtype, device="meta")
+
+    return {
+        "float32 n=256": (
+            launch_route, (tensor(256), None, None, 0.15, 0.85, False, [8, 64, 256]),
+        ),
+        "float16 logits n=4096": (
+            launch_route, (tensor(4096, torch.float16), None, None, 0.15, 0.85, True, [4096]),
+        ),
+        "float32 logits per sample n=1048576": (
+            launch_route,
+            (tensor(1 << 20), tensor(1 << 20), tensor(1 << 20), 0.0, 0.0, True, [1 << 20]),
+        ),
+    }  # fmt: skip

@@ -1,0 +1,42 @@
+"""Runs the Triton kernels of this folder on the CPU, under Triton's interpreter.
+
+Triton decides at import, once per process, whether ``@triton.jit`` interprets or compiles. So the
+switch is set here, before any test module of this folder is imported, and taken out of the
+environment again so that child processes (the compile-only checks) do compile.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("triton") is not None:
+    if "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+        import triton
+
+        triton.knobs.runtime.interpret = True  # kept by Triton itself, no more by the variable
+        del os.environ["TRITON_INTERPRET"]
+    elif not sys.modules["triton"].knobs.runtime.interpret:
+        raise pytest.UsageError(
+            "Triton was imported before its interpreter could be switched on; "
+            "run tests/cpu/kernels in a process of its own"
+        )
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """What a kernel forgets to write is NaN (or the largest integer), not luck.
+
+    Also lets NumPy, which does the interpreter's arithmetic, meet infinities and NaN without a
+    warning, as a GPU does: kernels rely on exp overflowing and on comparisons with NaN.
+    """
+    from sn72kernels.testing import poisoned
+
+    with poisoned(), np.errstate(over="ignore", invalid="ignore"):
+        yield

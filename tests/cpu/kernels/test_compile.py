@@ -1,0 +1,102 @@
+"""Every kernel compiles for every architecture, spills nothing and accesses memory widely.
+
+Compiled in a child process, because this one interprets. No GPU is needed or used.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from sn72kernels import OPS, device, library, testing
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def table() -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "sn72kernels.testing", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.stdout, done.stderr
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    print(testing.format_table([testing.Compiled(**row) for row in rows]))
+    return rows
+
+
+def test_every_op_compiles_for_every_architecture(table: list[dict[str, Any]]) -> None:
+    seen = {(row["case"].partition(":")[0], row["arch"]) for row in table}
+    assert seen == {(op, arch) for op in OPS for arch in testing.ARCHITECTURES}
+
+
+def test_every_kernel_has_a_case(table: list[dict[str, Any]]) -> None:
+    import importlib
+
+    for op in OPS:
+        module = importlib.import_module(f"sn72kernels.ops.{OPS[op]}.kernel")
+        public = {
+            name
+            for name, value in vars(module).items()
+            if not name.startswith("_")
+            and hasattr(value, "fn")
+            and value.fn.__module__ == module.__name__
+        }
+        assert public, op
+        compiled = {row["kernel"] for row in table if row["case"].startswith(f"{op}:")}
+        assert compiled == public
+
+
+def test_nothing_spills_and_shared_memory_fits(table: list[dict[str, Any]]) -> None:
+    rows = [testing.Compiled(**row) for row in table]
+    faults = {(row.case, row.kernel, row.arch): row.faults() for row in rows if row.faults()}
+    assert not faults
+
+
+def test_global_memory_is_accessed_128_bits_wide(table: list[dict[str, Any]]) -> None:
+    """Loads of every kernel; stores of those that write what they read."""
+    scatters = {"compact_blocks"}  # writes one integer per escalated sample, wherever it belongs
+    sums = {"backward_columns"}  # reads tiles, writes two rows of sums
+    for row in table:
+        assert row["load_bits"] >= 128, row
+        if row["kernel"] not in scatters | sums:
+            assert row["store_bits"] >= 128, row
+
+
+def test_fault_is_found() -> None:
+    row = testing.Compiled("case", "kernel", 120, 4, 255, 8, (99 << 10) + 1, 128, 128)
+    assert [fault.split()[0] for fault in row.faults()] == ["8", str((99 << 10) + 1)]
+
+
+def test_width_is_read_from_ptx() -> None:
+    ptx = """
+    ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    @%p1 ld.global.L1::evict_last.v2.b32 { %r5, %r6 }, [ %rd2 + 0 ];
+    st.global.b16 [ %rd3 + 0 ], { %rs1 };
+    ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r9];
+    """
+    assert testing._widest(ptx, "ld") == 128
+    assert testing._widest(ptx, "st") == 16
+    assert testing._widest("ret;", "ld") == 0
+
+
+def test_record_sees_the_launch_of_the_assumed_device() -> None:
+    from sn72kernels.ops.layernorm_gelu import op
+
+    x = torch.empty(4, 64, device="meta")
+    with device.assume(120) as facts:
+        assert facts.arch == device.arch(torch.device("cpu")) == 120
+    assert device.arch(torch.device("cpu")) == device.VIRTUAL.arch
+    launches = testing.record(
+        op.launch_forward, x, None, None, None, 1e-5, False, False, False, arch=90
+    )
+    assert [launch.kernel.__name__ for launch in launches] == ["forward_tile"]
+    assert library._recording is None

@@ -1,0 +1,226 @@
+"""The parts that all ops share: import, choice of implementation, checks, devices, tuning."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import sn72kernels
+from sn72kernels import device, env, library, testing, tuning
+from sn72kernels.errors import ArgumentError, DtypeError, NoGpuError, check_tensor
+
+CUDA = torch.device("cuda", 0)
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_brings_neither_torch_nor_triton() -> None:
+    code = "import sys, sn72kernels; print([m for m in ('torch', 'triton') if m in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_every_op_works_where_triton_is_absent() -> None:
+    """A finder that refuses Triton stands for an environment without it."""
+    code = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+sys.meta_path.insert(0, Refuse())
+import torch
+import sn72kernels
+
+x = torch.randn(3, 8, requires_grad=True)
+sn72kernels.layernorm_gelu(x).sum().backward()
+vote = sn72kernels.ensemble_vote([torch.rand(5), torch.rand(5)], [0.5, 0.5])
+sn72kernels.cascade_route(vote, 0.1, 0.9, buckets=(8,))
+assert "triton" not in sys.modules
+for op, args in {"layernorm_gelu": [x], "cascade_route": [vote], "ensemble_vote": [[vote]]}.items():
+    assert sn72kernels.explain(op, *args).implementation == "reference"
+"""
+    run_python(code)
+
+
+def test_every_public_op_resolves_and_explains() -> None:
+    for op in sn72kernels.OPS:
+        assert callable(getattr(sn72kernels, op))
+        assert op in dir(sn72kernels)
+    choice = sn72kernels.explain("layernorm_gelu", torch.zeros(2, 4))
+    assert choice.implementation == "reference"
+    assert "not on a CUDA device" in str(choice)
+    with pytest.raises(ArgumentError, match="there is no op 'nothing'; there are: "):
+        sn72kernels.explain("nothing")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sn72kernels.nothing
+
+
+def spec(**changes: object) -> library.OpSpec:
+    parts: dict[str, object] = {
+        "name": "example",
+        "schema": "(Tensor x) -> Tensor",
+        "reference": torch.clone,
+        "launch": torch.clone,
+        "fake": torch.empty_like,
+    }
+    return library.OpSpec(**{**parts, **changes})  # type: ignore[arg-type]
+
+
+def test_choice_and_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1)
+    monkeypatch.setattr(library, "triton_available", lambda: True)
+    assert library.choose(spec(), CUDA, x).implementation == "triton"
+    refused = library.choose(spec(unsupported=lambda x: "it is odd"), CUDA, x)
+    assert (refused.implementation, refused.reason) == ("reference", "it is odd")
+    monkeypatch.setenv("SN72_KERNELS", "reference")
+    assert "SN72_KERNELS=reference" in library.choose(spec(), CUDA, x).reason
+    monkeypatch.setenv("SN72_KERNELS", "fast")
+    with pytest.raises(ArgumentError, match="SN72_KERNELS is 'fast'; set it to"):
+        library.choose(spec(), CUDA, x)
+    monkeypatch.delenv("SN72_KERNELS")
+    monkeypatch.setattr(library, "triton_available", lambda: False)
+    assert "pip install" in library.choose(spec(), CUDA, x).reason
+
+
+def test_float64_runs_the_reference_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sn72kernels.ops.layernorm_gelu import op
+
+    monkeypatch.setattr(library, "triton_available", lambda: True)
+    x = torch.zeros(1, 4, dtype=torch.float64)
+    assert library.choose(op.FORWARD, CUDA, x).reason == "float64 has no kernel"
+    assert library.choose(op.FORWARD, CUDA, x.float()).implementation == "triton"
+
+
+def test_every_variable_is_in_the_table() -> None:
+    assert {"SN72_KERNELS", "SN72_TUNING"} <= set(env.VARIABLES)
+
+
+def test_check_tensor_refuses_what_is_no_tensor() -> None:
+    with pytest.raises(DtypeError, match=r"expected torch.Tensor, got list; convert it with"):
+        check_tensor("scores", [1.0])  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is visible")
+def test_what_needs_a_gpu_says_so() -> None:
+    with pytest.raises(NoGpuError, match="a CUDA device is needed to measure its memory bandwidth"):
+        device.achieved_gb_s(0)
+
+
+def test_virtual_device_is_within_every_limit() -> None:
+    facts = device.facts(torch.device("cpu"))
+    assert facts is device.VIRTUAL
+    for arch in testing.ARCHITECTURES:
+        with device.assume(arch) as assumed:
+            assert assumed.shared_bytes == device.SHARED_LIMITS[arch]
+
+
+def test_poison_fills_and_is_taken_back() -> None:
+    torch.use_deterministic_algorithms(False)
+    with testing.poisoned():
+        assert torch.empty(3).isnan().all()
+        assert torch.empty(3, dtype=torch.int32).tolist() == [2**31 - 1] * 3
+        assert torch.empty_like(torch.zeros(2)).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_assert_close_names_the_worst_element() -> None:
+    want = torch.tensor([1.0, 2.0, 3.0])
+    testing.assert_close("y", want + 1e-3, want, relative=0.0, absolute=1.1e-3)
+    with pytest.raises(AssertionError, match=r"y: flat element 1 of \(3,\) is 2.5, expected 2.0"):
+        testing.assert_close("y", torch.tensor([1.0, 2.5, 3.1]), want, relative=0.0, absolute=0.0)
+    with pytest.raises(AssertionError, match=r"element 2 .* is nan"):
+        testing.assert_close(
+            "y", torch.tensor([1.0, 2.0, float("nan")]), want, relative=1.0, absolute=1.0
+        )
+    with pytest.raises(AssertionError, match="shape"):
+        testing.assert_close("y", want[:2], want, relative=1.0, absolute=1.0)
+
+
+def test_error_ratio() -> None:
+    want = torch.tensor([3.0, 4.0])
+    assert testing.error_ratio(want, want) == 0.0
+    assert testing.error_ratio(want * 1.5, want) == pytest.approx(0.5)
+    assert testing.error_ratio(want * float("nan"), want) == float("inf")
+    assert testing.error_ratio(want[:0], want[:0]) == 0.0
+
+
+# --- tuning --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    size: int
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SN72_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_autotune_keeps_the_fastest_correct_one(cache: Path) -> None:
+    times = {1: 3.0, 2: 1.0, 4: 2.0}
+    current: list[int] = []
+
+    def run(candidate: Candidate) -> None:
+        current[:] = [candidate.size]
+
+    def measure(call: object) -> float:
+        call()  # type: ignore[operator]
+        return times[current[0]]
+
+    candidates = [Candidate(size) for size in times]
+    best = tuning.autotune(
+        "op", (64, "f16"), candidates, run, lambda c: c.size != 2, arch=90, measure=measure
+    )
+    assert best == Candidate(4)
+    assert tuning.tuned("op", (64, "f16"), Candidate, 90) == best
+    assert tuning.tuned("op", (65, "f16"), Candidate, 90) is None
+    assert tuning.tuned("op", (64, "f16"), Candidate, 80) is None
+    path = tuning.cache_file(90)
+    assert cache in path.parents
+    assert json.loads(path.read_text()) == {"op/64/f16": {"config": {"size": 4}, "ms": 2.0}}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_no_correct_candidate_is_an_error(cache: Path) -> None:
+    with pytest.raises(ArgumentError, match="none of the 1 candidates for op computes it right"):
+        tuning.autotune(
+            "op", (), [Candidate(1)], print, lambda _: False, arch=90, measure=lambda _: 0.0
+        )
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"op/1": {"config": {"other": 1}}}', '{"op/1": {}}'])
+def test_unusable_cache_is_as_none(cache: Path, text: str) -> None:
+    path = tuning.cache_file(90)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert tuning.tuned("op", (1,), Candidate, 90) is None
+
+
+def test_tuning_can_be_switched_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning.autotune(
+        "op", (1,), [Candidate(1)], print, lambda _: True, arch=90, measure=lambda _: 1.0
+    )
+    monkeypatch.setenv("SN72_TUNING", "0")
+    assert tuning.tuned("op", (1,), Candidate, 90) is None
+
+
+def test_power_of_two() -> None:
+    assert [tuning.power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 1023, 1025)] == [
+        1, 1, 2, 4, 4, 8, 1024, 2048,
+    ]  # fmt: skip
