@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from sn72engine.cascade.cascade import Cascade
+from sn72engine.cascade.opening import Given
 from sn72engine.cascade.report import CascadeReport
 from sn72engine.cascade.result import Result
 from sn72engine.cascade.spec import CascadeSpec
 from sn72engine.errors import OptionError
 from sn72engine.spec import RuntimeOptions, check_choice
-from sn72engine.stages.base import Stage
 from sn72engine.stages.engine import EngineStage
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class RoadworkDetector:
         config_name: str | Path,
         device: str = "cpu",
         *,
-        stages: Mapping[str, Stage | Callable[..., Any]] | None = None,
+        stages: Given | None = None,
         runtime: RuntimeOptions | None = None,
     ) -> None:
         check_choice("device", device, ("cpu", "cuda"))

@@ -8,24 +8,25 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sn72engine.cascade.executor import Bounds, CpuExecutor, Request, Samples, log
+from sn72engine.cascade.opening import Given, enter_stages
+from sn72engine.cascade.opening import open_stages as open_stages
 from sn72engine.cascade.report import CascadeReport, Counters
 from sn72engine.cascade.result import Result
 from sn72engine.cascade.route import as_float32
-from sn72engine.cascade.spec import CascadeSpec, StageSpec
+from sn72engine.cascade.spec import CascadeSpec
 from sn72engine.decode import decode
 from sn72engine.errors import CascadeError, InputError, OptionError
 from sn72engine.spec import RuntimeOptions, check_number
 from sn72engine.stages.base import Size, Stage
-from sn72engine.stages.function import FunctionStage
 
 if TYPE_CHECKING:
     from sn72engine.decode import Source
@@ -66,29 +67,18 @@ class Cascade:
     def __init__(
         self,
         spec: CascadeSpec,
-        stages: Mapping[str, Stage | Callable[..., Any]] | None = None,
+        stages: Given | None = None,
         *,
         runtime: RuntimeOptions | None = None,
     ) -> None:
         self._spec = spec
         given = dict(stages or {})
-        _check_given(spec, given)
         # Closed again if a later stage fails to load.
         with contextlib.ExitStack() as opened:
-            self._stages: list[Stage] = []
-            self._owned: list[bool] = []
-            for stage_spec in spec.stages:
-                stage = given.get(stage_spec.name)
-                owned = stage is None
-                if stage is None:
-                    stage = _open(stage_spec, runtime)
-                    opened.callback(stage.close)
-                elif not isinstance(stage, Stage):
-                    stage = FunctionStage(stage)
-                stage.prepare()
-                self._stages.append(stage)
-                self._owned.append(owned)
+            by_name = enter_stages(spec, runtime, given, opened)
             opened.pop_all()
+        self._stages = tuple(by_name.values())
+        self._owned = tuple(name not in given for name in by_name)
         self._needs = largest_need([stage.needs for stage in self._stages])
         self._bounds = [_bounds(stage.thresholds, None, stage.name) for stage in spec.stages]
         self._executor = CpuExecutor(spec, self._stages)
@@ -105,7 +95,7 @@ class Cascade:
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The stages, in order."""
-        return tuple(self._stages)
+        return self._stages
 
     def __call__(
         self,
@@ -315,46 +305,3 @@ def _check_images(images: object) -> None:
             f"images must be a sequence of images, got one {type(images).__name__}; wrap it: "
             "cascade([image])"
         )
-
-
-def _check_given(spec: CascadeSpec, given: Mapping[str, object]) -> None:
-    open_names = [s.name for s in spec.stages if not (s.engine or s.ocr or s.vlm)]
-    for name, stage in given.items():
-        if name not in open_names:
-            raise OptionError(
-                f"stages: {name!r} is not a stage that takes a Python object; those are: "
-                f"{', '.join(open_names) or 'none'}"
-            )
-        if not isinstance(stage, Stage) and not callable(stage):
-            raise OptionError(
-                f"stages[{name!r}] is a {type(stage).__name__}; it must be a Stage or a callable"
-            )
-    for name in open_names:
-        if name not in given:
-            raise OptionError(
-                f"stage {name!r} has no engine, ocr or vlm; pass its object: "
-                f"Cascade(spec, stages={{{name!r}: ...}})"
-            )
-
-
-def _open(spec: StageSpec, runtime: RuntimeOptions | None) -> Stage:
-    """Make the stage that a specification describes."""
-    if spec.engine is not None:
-        from sn72engine.session import Session
-        from sn72engine.stages.engine import EngineStage
-
-        assert spec.score is not None  # the specification refuses an engine without it
-        session = Session(spec.engine, runtime)
-        try:
-            return EngineStage(session, spec.score, positive=spec.positive)
-        except OptionError:
-            session.close()
-            raise
-    if spec.ocr is not None:
-        from sn72engine.stages.ocr import OcrStage
-
-        return OcrStage(spec.ocr)
-    assert spec.vlm is not None
-    from sn72engine.stages.vlm import VlmStage
-
-    return VlmStage(spec.vlm)

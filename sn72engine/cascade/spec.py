@@ -22,6 +22,7 @@ A complete file::
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -298,6 +299,23 @@ class CascadeSpec(Options):
         )
         return dataclasses.replace(spec, stages=stages)
 
+    def to_yaml(self, folder: str | Path = ".") -> str:
+        """This cascade as YAML text; keys that hold their default are left out.
+
+        Args:
+            folder: where the file will lie. Engine folders below its parent are written
+                relative to it, so that file and engines can be moved together; others are
+                written in full.
+        """
+        yaml = _deps.require("yaml", purpose="write a cascade specification")
+        values = _changed(self)
+        values["stages"] = [_changed(stage) for stage in self.stages]
+        for stage in values["stages"]:
+            if "engine" in stage:
+                stage["engine"] = _relative(Path(stage["engine"]), Path(folder))
+        text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return text
+
     def _check_top1(self) -> None:
         for index, stage in enumerate(self.stages):
             if stage.top1 != self.top1:
@@ -347,3 +365,22 @@ def _read(source: str | Path) -> tuple[str, Path, str]:
         return path.read_text(encoding="utf-8"), path.parent, f"{path}: cascade"
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{path}: cannot read the cascade specification ({error})") from error
+
+
+def _changed(options: Options) -> dict[str, Any]:
+    """Fields that differ from their default, and those without one, as plain values."""
+    plain = options.to_dict()
+    changed = {}
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        value = getattr(options, field.name)
+        if value != field.default:
+            nested = isinstance(value, Options)
+            changed[field.name] = _changed(value) if nested else plain[field.name]
+    return changed
+
+
+def _relative(engine: Path, folder: Path) -> str:
+    engine, folder = engine.resolve(), folder.resolve()
+    if engine.is_relative_to(folder.parent):
+        return os.path.relpath(engine, folder)
+    return str(engine)

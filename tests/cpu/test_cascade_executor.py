@@ -740,10 +740,11 @@ def test_a_closed_cascade_refuses_calls() -> None:
 
 def test_close_leaves_a_hanging_stage_open(monkeypatch: pytest.MonkeyPatch) -> None:
     from sn72engine.cascade import cascade as module
+    from sn72engine.cascade import opening
 
     monkeypatch.setattr(module, "_PATIENCE", 0.05)
     closed: list[str] = []
-    monkeypatch.setattr(module, "_open", lambda spec, runtime: opened[spec.name])
+    monkeypatch.setattr(opening, "_open", lambda spec, runtime: opened[spec.name])
 
     class Stage(Broken):
         def __init__(self, name: str, call: Callable[[Any], Any]) -> None:

@@ -70,6 +70,27 @@ def test_round_trip_through_json() -> None:
     assert CascadeSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
+def test_yaml_that_is_written_reads_back_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    spec = CascadeSpec.from_yaml(FULL)
+    stages = list(spec.stages)
+    stages[0] = dataclasses.replace(stages[0], engine=str(tmp_path / "engines/small"))
+    spec = dataclasses.replace(spec, stages=tuple(stages))
+    text = spec.to_yaml(folder)
+    assert "engine: ../engines/small\n" in text
+    assert "engine: /abs/large\n" in text
+    assert "max_side" not in text  # a default
+    path = folder / "road.yaml"
+    path.write_text(text)
+    again = CascadeSpec.from_yaml(path)
+    first = again.stages[0]
+    assert first.engine is not None
+    assert Path(first.engine).resolve() == (tmp_path / "engines/small").resolve()
+    assert again.stages[1:] == spec.stages[1:]
+    assert (again.deadline, again.max_batch) == (spec.deadline, spec.max_batch)
+
+
 def stage(**keys: Any) -> dict[str, Any]:
     return {"name": "b", **keys}
 

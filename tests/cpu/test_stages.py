@@ -21,10 +21,11 @@ from PIL import Image, ImageDraw, ImageFont
 from sn72engine import _deps
 from sn72engine.build import build
 from sn72engine.cascade import Cascade
+from sn72engine.cascade.opening import open_stages
 from sn72engine.cascade.result import Status
 from sn72engine.cascade.spec import CascadeSpec, StageSpec
 from sn72engine.engine import Engine
-from sn72engine.errors import InputError, MissingDependencyError, OptionError
+from sn72engine.errors import InputError, MissingDependencyError, OptionError, SessionError
 from sn72engine.miner import RoadworkDetector
 from sn72engine.preprocess import preprocess
 from sn72engine.session import Session
@@ -173,6 +174,34 @@ def test_engines_in_a_cascade_from_yaml(engine: Engine, tmp_path: Path) -> None:
     assert value == pytest.approx(expected[0], rel=1e-5)
     with pytest.raises(OptionError, match=r"stage 'a': .* was built for cpu, but device='cuda'"):
         RoadworkDetector(path, device="cuda")
+
+
+def test_stages_by_themselves(engine: Engine) -> None:
+    folder = str(engine.folder)
+    spec = CascadeSpec((StageSpec("a", engine=folder, score="softmax"), StageSpec("b")))
+    given = FunctionStage(lambda images: np.zeros(len(images)))
+    with open_stages(spec, given={"b": given}) as stages:
+        assert list(stages) == ["a", "b"]
+        assert stages["b"] is given
+        assert stages["a"].score(pictures(2)).probabilities.shape == (2,)
+    with pytest.raises(SessionError, match="closed"):
+        stages["a"].score(pictures(2))
+
+
+def test_what_was_opened_is_closed_when_a_later_stage_fails(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[EngineStage] = []
+    real = EngineStage.close
+    monkeypatch.setattr(EngineStage, "close", lambda self: (closed.append(self), real(self)))
+    folder = str(engine.folder)
+    good = StageSpec("a", engine=folder, score="softmax")
+    with pytest.raises(InputError, match="needs outputs"):
+        Cascade(CascadeSpec((good, StageSpec("b", engine=folder, score="sigmoid"))))
+    assert len(closed) == 2
+    with Cascade(CascadeSpec((good,))):
+        assert len(closed) == 2
+    assert len(closed) == 3
 
 
 def test_a_score_that_does_not_fit_the_engine_fails_at_construction(engine: Engine) -> None:
