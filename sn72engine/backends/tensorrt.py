@@ -179,8 +179,9 @@ class TensorRTBackend:
         if self.name == "tensorrt_rtx":
             return None  # it compiles for the card at run time: its timing cache does nothing
         cache = TimingCache.of(self.name, self.version(), target)
-        # Entries that this library refuses are replaced, not used.
-        if not config.set_timing_cache(config.create_timing_cache(cache.read()), False):
+        held = config.create_timing_cache(cache.read())
+        if held is None or not config.set_timing_cache(held, False):
+            # Entries that this library refuses are replaced, not used.
             config.set_timing_cache(config.create_timing_cache(b""), False)
         return cache
 
@@ -329,7 +330,8 @@ def _merge(config: Any, stored: bytes) -> bytes:
     ours = config.get_timing_cache()
     if ours is None:
         return b""
-    if stored:
-        ours.combine(config.create_timing_cache(stored), False)
+    theirs = config.create_timing_cache(stored) if stored else None
+    if theirs is not None:
+        ours.combine(theirs, False)
     serialized = ours.serialize()
     return bytes(memoryview(serialized)) if serialized is not None else b""

@@ -408,6 +408,30 @@ def test_timing_cache_entries_merge_and_bad_ones_are_dropped(tmp_path: Path) -> 
 
 
 @needs_rtx
+@pytest.mark.parametrize("stored", [b"", b"not a timing cache"])
+def test_tensorrt_keeps_its_timing_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: bytes
+) -> None:
+    monkeypatch.setenv("SN72_CACHE_DIR", str(tmp_path))
+    trt = _deps.require("tensorrt_rtx", purpose="test")
+    config = trt.Builder(tensorrt_log.make_logger(trt)).create_builder_config()
+    backend = TensorRTBackend("tensorrt")
+    monkeypatch.setattr(TensorRTBackend, "version", lambda self: "11.0")
+    file = tmp_path / "timing" / "tensorrt-11.0-sm_90.timing"
+    file.parent.mkdir()
+    file.write_bytes(stored)
+    with warnings.catch_warnings():
+        # Both libraries have these calls; TensorRT-RTX says that its own do nothing.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        cache = backend._attach_timing_cache(config, "sm_90")
+        assert cache is not None
+        assert cache.path == file
+        assert config.get_timing_cache() is not None
+        assert cache.update(lambda found: tensorrt._merge(config, found))
+        assert cache.read() == bytes(memoryview(config.get_timing_cache().serialize()))
+
+
+@needs_rtx
 def test_rtx_writes_no_timing_cache(tmp_path: Path, store: Store) -> None:
     build(tiny_models.linear(tmp_path / "m.onnx"), rtx(), store=store)
     assert not (tmp_path / "cache" / "timing").exists()
