@@ -224,6 +224,12 @@ def test_shrinking_antialiases() -> None:
     assert np.abs(transform(stripes, spec)[:, 1:-1] - 127.5).max() <= 1
 
 
+def test_box_rounded_past_the_edge_is_brought_back() -> None:
+    assert 7 * (29 / 7) > 29  # in floating point
+    result = transform(np.full((29, 29, 3), 9, np.uint8), Preprocess(7, 7, **PIXELS))
+    assert (result == 9).all()
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (3, 4001)])
 @pytest.mark.parametrize("fit", ["center_crop", "squash", "pad"])
 def test_extreme_shapes(shape: tuple[int, int], fit: str) -> None:
