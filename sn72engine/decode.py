@@ -124,7 +124,9 @@ def decode(
         limits: what to refuse as too large.
         at_least: (height, width) of the smallest result that is still of use, both measured
             upright. An encoded JPEG is then decoded at 1/2, 1/4 or 1/8 of its size, as far as
-            both sides stay at least twice as long. None decodes at full size.
+            both sides stay at least twice as long; where the scale does not divide a side, the
+            last row or column reaches past the picture by less than a pixel, which only
+            :func:`decode_image` tells. None decodes at full size.
 
     Returns:
         uint8 array (H, W, 3), RGB, upright, in C order and writeable. An RGB array comes back as
