@@ -1,0 +1,99 @@
+"""The frontier of expected latency and objective, as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sn72engine import _deps, atomic
+from sn72engine.errors import OptionError
+
+if TYPE_CHECKING:
+    from sn72engine.thresholds.choice import ThresholdChoice
+
+_LABELS = {"accuracy": "Accuracy", "mcc": "MCC", "reward": "Expected subnet reward"}
+_INK, _CURVE, _STAGE, _CHOSEN = "#2b2d33", "#3867b5", "#7a7f8a", "#d9622b"
+
+
+def plot(choice: ThresholdChoice, path: Path, names: Sequence[str] = ()) -> Path:
+    """Draw the frontier, the single stages and the chosen cascade.
+
+    Args:
+        choice: from :func:`sn72engine.thresholds.choose`.
+        path: PNG file to write, atomically.
+        names: of the given stages, in order; "stage 0" and so on when empty.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        OptionError: the number of names is not that of the stages.
+        MissingDependencyError: Matplotlib is not installed.
+    """
+    if names and len(names) != len(choice.singles):
+        raise OptionError(f"names={list(names)!r} must name all {len(choice.singles)} stages")
+    titles = list(names) or [f"stage {k}" for k in range(len(choice.singles))]
+    # The object interface, without pyplot: no global state, no window system.
+    figures = _deps.require("matplotlib", purpose="draw a threshold plot", submodule="figure")
+    figure = figures.Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    points = [(1e3 * p.cost, p.value) for p in choice.pareto]
+    axes.plot(
+        *zip(*points, strict=True),
+        "o-",
+        color=_CURVE,
+        markersize=3.5,
+        linewidth=1.2,
+        label="cascades on the frontier",
+        zorder=2,
+    )
+    for title, single in zip(titles, choice.singles, strict=True):
+        _mark(axes, title, 1e3 * single.cost, single.value)
+    axes.plot([], [], "s", color=_STAGE, label="one stage alone")
+    axes.axhline(
+        choice.target,
+        color=_INK,
+        linewidth=0.9,
+        linestyle=(0, (4, 3)),
+        zorder=1,
+        label=f"target {choice.target:.3f}",
+    )
+    chosen = choice.figures
+    sure = "certified" if choice.certified else "not certified"
+    axes.plot(
+        [1e3 * chosen.cost],
+        [chosen.value],
+        "*",
+        color=_CHOSEN,
+        markersize=15,
+        zorder=4,
+        label=f"chosen: {chosen.value:.3f} at {1e3 * chosen.cost:.3g} ms ({sure})",
+    )
+    axes.set_xlabel("Expected latency (ms per sample)")
+    axes.set_ylabel(
+        f"{_LABELS[choice.options.objective]} on {choice.certified_on} held-out samples"
+    )
+    axes.set_title("Expected latency against quality", color=_INK, fontsize=11, loc="left")
+    axes.grid(color="#e4e6ea", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.08, y=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    atomic.write_bytes(path, buffer.getvalue())
+    return path
+
+
+def _mark(axes: Any, title: str, cost: float, value: float) -> None:
+    axes.plot([cost], [value], "s", color=_STAGE, markersize=7, zorder=3)
+    axes.annotate(
+        title,
+        (cost, value),
+        textcoords="offset points",
+        xytext=(7, -11),
+        fontsize=8,
+        color=_INK,
+    )
