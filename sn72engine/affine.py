@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,21 +51,23 @@ def inside(low: float, high: float) -> Affine:
     """uint8 parameters none of whose values lies outside [low, high]; low <= 0 <= high.
 
     Quantising then clips at least as much as ``Clip(low, high)`` does, which lets ONNX Runtime
-    drop the Clip. What is lost is less than a step at one end.
+    drop the Clip. At most two steps are lost, at one end.
     """
-    first = covering(low, high)
-    zero = first.zero
-    bounds = []
-    if zero > 0:
-        bounds.append(-low / zero)
-    if zero < STEPS:
-        bounds.append(high / (STEPS - zero))
-    scale = np.float32(min(bounds))
-    if not scale > SMALLEST_SCALE:
-        return first
-    while scale * np.float32(STEPS - zero) > high or scale * np.float32(-zero) < low:
+    if high - low <= SMALLEST_SCALE * STEPS:
+        return covering(low, high)
+    exact = STEPS * -low / (high - low)
+    scale, zero = max((_widest(low, high, z), z) for z in {math.floor(exact), math.ceil(exact)})
+    while float(scale) * (STEPS - zero) > high or float(scale) * -zero < low:
         scale = np.nextafter(scale, np.float32(0))
     return Affine(scale, zero)
+
+
+def _widest(low: float, high: float, zero: int) -> np.float32:
+    """Largest scale with which a zero point stays inside [low, high]."""
+    ends = [-low / zero] if zero > 0 else []
+    if zero < STEPS:
+        ends.append(high / (STEPS - zero))
+    return np.float32(min(ends))
 
 
 def quantize_weight(

@@ -35,8 +35,15 @@ Feed = dict[str, np.ndarray]
 class Batches(Protocol):
     """Calibration data: float32 arrays with the batch on axis 0; can be iterated again."""
 
-    samples: int
-    batch_size: int
+    @property
+    def samples(self) -> int:
+        """How many samples there are."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per batch; the last one may hold fewer."""
+        ...
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield one batch after the other."""
@@ -94,7 +101,9 @@ def quantize(
         onnx_file.write(proto, source)
         del proto  # ModelOpt loads its own copy
         bar.note("ranges")
-        found = ranges.collect(_linked_copy(source), _feeds(model, data, bar))
+        with quiet():  # the data has a bar of its own
+            found = ranges.collect(_linked_copy(source), _feeds(model, data, bar))
+            digest = data.data_sha256()
         bar.note(options.method)
         _run_modelopt(tool, source, result, _Reader(model, data, bar), chosen, options, external)
         quantised = onnx_file.load(result)
@@ -115,7 +124,7 @@ def quantize(
         "op_types": list(options.op_types),
         "samples": data.samples,
         "batch_size": data.batch_size,
-        "data_sha256": data.data_sha256(),
+        "data_sha256": digest,
         "modelopt": _deps.version("modelopt"),
         "asked": asked,
         "quantised": len(kept),
