@@ -21,6 +21,7 @@ from sn72engine.engine import Engine
 from sn72engine.errors import BuildError, MissingDependencyError, SessionError
 from sn72engine.half import to_half
 from sn72engine.model import OnnxModel, TensorSpec
+from sn72engine.qdq import lower_for_cpu
 from sn72engine.spec import BackendName, BuildOptions, RuntimeOptions
 
 _FILE = "model.onnx"
@@ -106,9 +107,7 @@ class OnnxRuntimeBackend:
         if convert:
             notes = to_half(model.path, target)
         elif model.precision == "int8" and device == "cpu":
-            from sn72engine.qdq import lower_for_cpu
-
-            notes = tuple(lower_for_cpu(model.path, target))
+            notes = lower_for_cpu(model.path, target)
         else:
             _copy(model, target)
         _open(ort, target, device, RuntimeOptions(threads=1), BuildError)
