@@ -20,13 +20,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sn72engine.engine import Engine, EngineFile, Manifest
+from sn72engine.engine_folder import MANIFEST_NAME
 from sn72engine.errors import (
     EngineCorruptError,
     EngineMismatchError,
     OptionError,
     StoreError,
 )
-from sn72engine.store import MANIFEST_NAME, Store, describe, open_engine
+from sn72engine.store import Store, describe, open_engine
 
 sys.path.insert(0, str(Path(__file__).parent))
 from store_builder import FILES, fingerprint_of, leftovers, maker
