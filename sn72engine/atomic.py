@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Between the two calls of _umask another thread would read the wrong mask.
+_UMASK_LOCK = threading.Lock()
 
 
 @contextmanager
@@ -25,6 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
     scratch = Path(name)
     try:
         yield scratch
+        scratch.chmod(0o666 & ~_umask())  # mkstemp lets nobody else read
         fsync_path(scratch)
         scratch.replace(path)
         fsync_path(path.parent)
@@ -50,3 +55,11 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _umask() -> int:
+    """The process's file mode mask; the only portable way to read it is to set it."""
+    with _UMASK_LOCK:
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return mask

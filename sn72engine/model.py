@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class OnnxModel:
         proto = onnx.load(self.path, load_external_data=False)
         names = {
             entry.value
-            for tensor in proto.graph.initializer
+            for tensor in tensors(proto)
             for entry in tensor.external_data
             if entry.key == "location"
         }
@@ -115,6 +115,25 @@ class OnnxModel:
             preprocess=Preprocess.from_dict(preprocess) if preprocess else None,
             record=record,
         )
+
+
+def tensors(proto: Any) -> Iterator[Any]:
+    """Every stored tensor of a ModelProto: weights and attributes, subgraphs and functions too."""
+    nodes = [node for function in proto.functions for node in function.node]
+    graphs = [proto.graph]
+    while graphs or nodes:
+        if graphs:
+            graph = graphs.pop()
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+            nodes.extend(graph.node)
+            continue
+        for attribute in nodes.pop().attribute:
+            yield from (attribute.t, *attribute.tensors)
+            if attribute.HasField("g"):
+                graphs.append(attribute.g)
+            graphs.extend(attribute.graphs)
 
 
 def read_record(proto: Any) -> dict[str, Any]:

@@ -1,0 +1,114 @@
+"""``sn72engine run``."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from sn72engine import atomic
+from sn72engine.cli.outcome import Outcome, engine_folder
+from sn72engine.errors import InputError
+from sn72engine.spec import RuntimeOptions
+
+SUMMARY = "run a cascade or an engine on images; one JSON line per image"
+EXAMPLES = """\
+  sn72engine run road.yaml photos/ -o results.jsonl
+  sn72engine run road.yaml 'cam1/*.jpg' cam2/0001.jpg --deadline 5
+  sn72engine run KEY --score sigmoid photo.jpg
+"""
+
+#: Images handed to the cascade at once, so that the progress bar moves and memory stays flat.
+_CHUNK = 64
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("subject", help="cascade YAML, engine folder, or the start of a key")
+    parser.add_argument("images", nargs="+", help="files, folders or glob patterns")
+    parser.add_argument("-o", "--output", type=Path, help="JSONL file; default: standard output")
+    parser.add_argument("--deadline", type=float, help="seconds for all images together")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
+    parser.add_argument(
+        "--score",
+        choices=("sigmoid", "softmax", "probability", "top1"),
+        default="sigmoid",
+        help="for an engine: how its output becomes a probability; default: sigmoid",
+    )
+
+
+def execute(options: argparse.Namespace) -> Outcome:
+    """Run and write one line per image, in the order of the arguments."""
+    import time
+
+    from sn72engine.cascade import Cascade
+    from sn72engine.progress import Progress
+
+    paths = find_images(options.images)
+    ends = None if options.deadline is None else time.monotonic() + options.deadline
+    lines: list[str] = []
+    statuses: Counter[str] = Counter()
+    with (
+        Cascade(cascade_spec(options), runtime=RuntimeOptions(threads=options.threads)) as cascade,
+        Progress("run", len(paths), unit="image") as bar,
+    ):
+        for start in range(0, len(paths), _CHUNK):
+            chunk = paths[start : start + _CHUNK]
+            left = None if ends is None else ends - time.monotonic()
+            for path, result in zip(chunk, cascade(chunk, deadline=left), strict=True):
+                lines.append(json.dumps({"file": str(path), **result.to_dict()}))
+                statuses[result.status.value] += 1
+            bar.step(len(chunk))
+        report = cascade.report()
+    text = "".join(f"{line}\n" for line in lines)
+    data: dict[str, Any] = {"images": len(paths), "statuses": dict(statuses)}
+    data["cascade"] = report.to_dict()
+    summary = f"{len(paths)} images: " + ", ".join(f"{n} {s}" for s, n in statuses.most_common())
+    if options.output is not None:
+        atomic.write_text(options.output, text)
+        return Outcome({**data, "output": str(options.output)}, f"{summary} -> {options.output}")
+    if options.json:
+        return Outcome({**data, "results": [json.loads(line) for line in lines]}, "")
+    print(summary, file=sys.stderr)
+    return Outcome(data, text.rstrip("\n"))
+
+
+def cascade_spec(options: argparse.Namespace) -> Any:
+    """The specification that the subject names; an engine is a cascade of one stage."""
+    from sn72engine.cascade.spec import CascadeSpec, StageSpec
+
+    if Path(options.subject).suffix in (".yaml", ".yml"):
+        return CascadeSpec.from_yaml(Path(options.subject))
+    folder = engine_folder(options.subject)
+    # Never sure: the answer of the only stage stands, whatever it is.
+    thresholds = (0.0, 1.0) if options.score == "top1" else (0.5, 0.5)
+    low, high = thresholds
+    stage = StageSpec("engine", engine=str(folder), score=options.score, low=low, high=high)
+    return CascadeSpec((stage,))
+
+
+def find_images(patterns: list[str]) -> list[Path]:
+    """Files that the arguments name, each once, in order.
+
+    Raises:
+        InputError: an argument names no file.
+    """
+    from sn72engine.image_files import images_in_folder
+
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            matches = images_in_folder(path)
+        elif path.is_file():
+            matches = [path]
+        else:
+            matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+        if not matches:
+            raise InputError(f"{pattern!r} names no image; give files, folders or glob patterns")
+        found.update(dict.fromkeys(matches))
+    return list(found)

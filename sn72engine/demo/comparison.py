@@ -1,0 +1,169 @@
+"""The cascade against its own stages: thresholds on one half of the samples, figures on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sn72engine import atomic
+from sn72engine.cascade import Cascade
+from sn72engine.cascade.result import Result
+from sn72engine.cascade.spec import CascadeSpec, StageSpec
+from sn72engine.cascade.tuning import score_stages, with_choice
+from sn72engine.latency import Latency, interleave
+from sn72engine.session import Session
+from sn72engine.spec import RuntimeOptions
+from sn72engine.stages.engine import EngineStage
+from sn72engine.thresholds import ThresholdChoice, ThresholdOptions, choose
+
+#: Samples per timed call.
+_BATCH = 8
+_ROUNDS = 25
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Samples, their class indices (None: ask the teacher), and what the labels are."""
+
+    images: Sequence[Any]
+    labels: NDArray[np.int64] | None
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The tuned cascade, how its thresholds were chosen, and how it did."""
+
+    spec: CascadeSpec
+    choice: ThresholdChoice
+    names: tuple[str, ...]
+    figures: Mapping[str, Any]
+
+    def run(self, images: Sequence[Any], runtime: RuntimeOptions) -> list[Result]:
+        """Run the tuned cascade."""
+        with Cascade(self.spec, runtime=runtime) as cascade:
+            return cascade(images)
+
+
+def compare(
+    sessions: Mapping[str, Session],
+    teacher: Session,
+    evaluation: Evaluation,
+    folder: Path,
+    runtime: RuntimeOptions,
+) -> Comparison:
+    """Choose thresholds, write cascade.yaml, and measure the cascade beside each stage alone.
+
+    Args:
+        sessions: stage name to engine, cheapest first.
+        teacher: gives the labels where ``evaluation`` has none.
+        evaluation: samples; the first half chooses, the second half measures.
+        folder: receives cascade.yaml.
+        runtime: how engines are run.
+    """
+    labels = evaluation.labels
+    if labels is None:
+        labels = np.asarray(teacher.infer_images(evaluation.images)).argmax(axis=1)
+    half = len(labels) // 2
+    choosing, measuring = evaluation.images[:half], evaluation.images[half:]
+
+    full = CascadeSpec(
+        tuple(
+            StageSpec(name, engine=str(session.engine.folder), score="top1")
+            for name, session in sessions.items()
+        )
+    )
+    stages = {name: EngineStage(session, "top1") for name, session in sessions.items()}
+    table = score_stages(stages, choosing, batch=_BATCH)
+    assert table.labels is not None  # every stage scores by top1
+    choice = choose(
+        list(table.probabilities),
+        labels[:half],
+        table.seconds,
+        ThresholdOptions(task="top1"),
+        stage_labels=list(table.labels),
+    )
+    tuned = with_choice(full, choice)
+    atomic.write_text(folder / "cascade.yaml", tuned.to_yaml(folder))
+
+    specs = {"cascade": tuned}
+    specs |= {stage.name: CascadeSpec((stage,)) for stage in full.stages}
+    figures = measure(specs, measuring, labels[half:], runtime)
+    return Comparison(
+        tuned,
+        choice,
+        table.names,
+        {
+            "labels": evaluation.meaning,
+            "samples": {"choosing": half, "measuring": len(labels) - half},
+            "thresholds": choice.to_dict(),
+            "comparison": figures,
+        },
+    )
+
+
+def measure(
+    specs: Mapping[str, CascadeSpec],
+    images: Sequence[Any],
+    labels: NDArray[np.int64],
+    runtime: RuntimeOptions,
+) -> dict[str, Any]:
+    """Accuracy and interleaved throughput of several cascades on the same images.
+
+    A stage alone runs as a cascade of one stage, so that all pay for the same preprocessing.
+    """
+    cascades = {name: Cascade(spec, runtime=runtime) for name, spec in specs.items()}
+    try:
+        results = {name: cascade(images) for name, cascade in cascades.items()}
+        chunks = [images[i : i + _BATCH] for i in range(0, len(images) - _BATCH + 1, _BATCH)]
+        calls = {name: Turns(cascade, chunks) for name, cascade in cascades.items()}
+        times: dict[str, Latency] = interleave(
+            {name: partial(turns.next) for name, turns in calls.items()}, warmup=2, repeats=_ROUNDS
+        )
+        report = cascades["cascade"].report().to_dict()
+    finally:
+        for cascade in cascades.values():
+            cascade.close()
+    last = results["cascade"]
+    stage_names = [stage.name for stage in specs["cascade"].stages]
+    return {
+        "batch": _BATCH,
+        "systems": {
+            name: {
+                "accuracy": accuracy(results[name], labels),
+                "ms_per_image": times[name].mean / _BATCH,
+                "images_per_second": 1e3 * _BATCH / times[name].mean,
+            }
+            for name in specs
+        },
+        "answered_by": {
+            name: sum(result.stage == name for result in last) / len(last) for name in stage_names
+        },
+        "report": report,
+    }
+
+
+class Turns:
+    """Calls a cascade on one chunk of images after the other, round and round."""
+
+    def __init__(self, cascade: Cascade, chunks: Sequence[Sequence[Any]]) -> None:
+        self._cascade = cascade
+        self._chunks = chunks
+        self._turn = 0
+
+    def next(self) -> list[Result]:
+        """Answer the next chunk."""
+        chunk = self._chunks[self._turn % len(self._chunks)]
+        self._turn += 1
+        return self._cascade(chunk)
+
+
+def accuracy(results: Sequence[Result], labels: NDArray[np.int64]) -> float:
+    """Share of results with the right label."""
+    return float(np.mean([r.label == label for r, label in zip(results, labels, strict=True)]))

@@ -1,0 +1,190 @@
+"""The demo's pictures, its HTML report, and the few lines printed at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sn72engine import _deps, atomic
+from sn72engine.cascade.result import Result, Status
+from sn72engine.demo.comparison import Comparison
+from sn72engine.demo.models import class_names
+from sn72engine.report import Card, Report
+
+_INK = "#1c2330"
+_FILLS = {"fp32": "#b9c3d0", "int8": "#2f6db3"}
+
+
+def write(
+    folder: Path,
+    figures: Mapping[str, Any],
+    comparison: Comparison,
+    pictures: Sequence[Path],
+    results: Sequence[Result],
+) -> Path:
+    """Draw the pictures and write report.html; returns its path."""
+    pareto, bars = folder / "pareto.png", folder / "latency.png"
+    comparison.choice.plot(pareto)
+    latency_bars(figures, bars)
+
+    machine = figures["machine"]
+    report = Report(
+        "EfficientNet-Lite0 → Lite2: an early-exit cascade",
+        f"Measured on {machine['cpu']}, {machine['threads']} thread(s) per engine, "
+        f"ONNX Runtime {machine['onnxruntime']}, Python {machine['python']}.",
+    )
+    report.heading("What the cascade answered")
+    report.paragraph(
+        "Each photograph goes to Lite0 first. When Lite0 is sure enough its answer stands; "
+        "otherwise Lite2 is asked. The percentage is the answering model's confidence."
+    )
+    report.cards(
+        [card(folder, picture, result) for picture, result in zip(pictures, results, strict=True)]
+    )
+
+    report.heading("Accuracy against time")
+    report.paragraph(
+        f"Labels: {figures['labels']}. Thresholds were chosen on "
+        f"{figures['samples']['choosing']} samples and the table was measured on "
+        f"{figures['samples']['measuring']} others, {figures['comparison']['batch']} per call, "
+        "the systems taking turns."
+    )
+    report.table(
+        ("system", "accuracy", "ms per image", "images per second"),
+        [
+            (
+                name,
+                f"{system['accuracy']:.1%}",
+                f"{system['ms_per_image']:.2f}",
+                f"{system['images_per_second']:.0f}",
+            )
+            for name, system in figures["comparison"]["systems"].items()
+        ],
+    )
+    shares = figures["comparison"]["answered_by"]
+    report.paragraph(
+        "Answered by: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) + "."
+    )
+    report.picture(pareto, "accuracy against expected time per image for every threshold")
+
+    report.heading("INT8 against FP32")
+    report.table(
+        ("model", "worst cosine", "agreement", "top-1 FP32 → INT8", "speed-up", "gate"),
+        [verification_row(name, entry) for name, entry in figures["verification"].items()],
+    )
+    report.picture(bars, "latency of each engine in milliseconds")
+
+    if figures["gpu_engines"]:
+        report.heading("TensorRT engines built here for a GPU that is not here")
+        report.paragraph("Built, not run: a build does not prove that an engine runs.")
+        report.table(
+            ("model", "precision", "target", "size", "build time"),
+            [gpu_row(engine) for engine in figures["gpu_engines"]],
+        )
+    report.heading("Export")
+    report.table(
+        ("model", "largest difference from PyTorch"),
+        [(name, f"{parity['max_abs_error']:.1e}") for name, parity in figures["export"].items()],
+    )
+    page = folder / "report.html"
+    report.write(page)
+    return page
+
+
+def card(folder: Path, picture: Path, result: Result) -> Card:
+    """One photograph with the cascade's answer below it."""
+    thumbnail = folder / "photographs" / f"{picture.stem}.jpg"
+    image = Image.open(picture).convert("RGB")
+    image.thumbnail((480, 480))
+    with atomic.replacing(thumbnail) as scratch:
+        image.save(scratch, format="JPEG", quality=85)
+    sure = result.status is Status.DONE
+    return Card(
+        thumbnail,
+        class_names()[result.label],
+        (
+            f"{result.probability:.0%} by {result.stage}",
+            "sure" if sure else f"{result.status.value}: best answer so far",
+        ),
+        good=True if sure else None,
+    )
+
+
+def verification_row(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """One line of the table of INT8 engines."""
+    classes, output, speed = entry["classes"], entry["outputs"][0], entry["speed"]
+    top1 = "no labels"
+    if classes["candidate_top1"] is not None:
+        top1 = f"{classes['reference_top1']:.1%} → {classes['candidate_top1']:.1%}"
+    gate = "passed" if entry["passed"] else "refused: " + "; ".join(entry["failures"])
+    return (
+        name,
+        f"{output['cosine_min']:.4f}",
+        f"{classes['agreement']:.1%}",
+        top1,
+        f"{speed[0]['speedup']:.2f}×",
+        gate,
+    )
+
+
+def gpu_row(engine: Mapping[str, Any]) -> tuple[str, ...]:
+    """One line of the table of GPU engines."""
+    if "error" in engine:
+        return (engine["model"], engine["precision"], "not built", engine["error"], "")
+    return (
+        engine["model"],
+        engine["precision"],
+        engine["target"],
+        f"{engine['bytes'] / 1e6:.1f} MB",
+        f"{engine['build_seconds']:.1f} s",
+    )
+
+
+def latency_bars(figures: Mapping[str, Any], path: Path) -> None:
+    """Median latency of the FP32 and INT8 engine of each model at batch 1, as bars."""
+    figure_module = _deps.require(
+        "matplotlib", purpose="draw the demo's pictures", submodule="figure"
+    )
+    figure = figure_module.Figure(figsize=(8, 3.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    rows: list[tuple[str, str, float]] = []
+    for name, entry in figures["verification"].items():
+        speed = entry["speed"][0]
+        rows.append((f"{name} FP32", "fp32", speed["reference_ms"]))
+        rows.append((f"{name} INT8", "int8", speed["candidate_ms"]))
+    places = range(len(rows), 0, -1)
+    bars = axes.barh(
+        places, [ms for _, _, ms in rows], color=[_FILLS[fill] for _, fill, _ in rows], height=0.62
+    )
+    axes.bar_label(bars, [f"{ms:.1f} ms" for _, _, ms in rows], padding=4, color=_INK, fontsize=9)
+    axes.set_yticks(places, [label for label, _, _ in rows])
+    axes.set_xlabel("median milliseconds per image, batch 1, calls taking turns")
+    axes.set_xlim(0, max(ms for _, _, ms in rows) * 1.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="#d9dee7", lw=0.6)
+    axes.set_axisbelow(True)
+    with atomic.replacing(path) as scratch:
+        figure.savefig(scratch, format="png")
+
+
+def summary(figures: Mapping[str, Any], page: Path) -> str:
+    """The figures that matter, for the terminal."""
+    lines = []
+    for name, entry in figures["verification"].items():
+        row = verification_row(name, entry)
+        lines.append(
+            f"{name:8} INT8 {row[4]} as fast as FP32, agreement {row[2]}, gate {row[5]}"
+        )
+    for name, system in figures["comparison"]["systems"].items():
+        lines.append(
+            f"{name:8} accuracy {system['accuracy']:.1%}, "
+            f"{system['ms_per_image']:.2f} ms per image, "
+            f"{system['images_per_second']:.0f} images/s"
+        )
+    for engine in figures["gpu_engines"]:
+        lines.append(" ".join(("engine  ", *gpu_row(engine))).rstrip())
+    lines.append(f"report   {page}")
+    return "\n".join(lines)
