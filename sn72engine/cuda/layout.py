@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
 
@@ -82,13 +83,13 @@ class Flag(enum.IntFlag):
     NO_NEGATIVE_EXIT = 8
 
 
-_Fields = ClassVar[list[tuple[str, Any]]]
+_Fields = list[tuple[str, Any]]
 
 
 class BeginArgs(ctypes.Structure):
     """For ``sn72_begin``: fresh samples, and the clock from which time budgets count."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("samples", ctypes.c_void_p),  # SAMPLE, per sample
         ("scored", ctypes.c_void_p),  # uint8, per sample
         ("start_ns", ctypes.c_void_p),  # uint64, one value
@@ -100,7 +101,7 @@ class BeginArgs(ctypes.Structure):
 class RouteArgs(ctypes.Structure):
     """For ``sn72_route_*``: one boundary between stages, or the end of the last one."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("samples", ctypes.c_void_p),  # SAMPLE, per sample
         ("score", ctypes.c_void_p),  # per sample, every score_stride elements
         ("scored", ctypes.c_void_p),  # uint8, per sample; null: the stage scored every sample
@@ -130,7 +131,7 @@ class RouteArgs(ctypes.Structure):
 class ScatterArgs(ctypes.Structure):
     """For ``sn72_scatter_*``: scores of a stage's rows to their samples."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("score", ctypes.c_void_p),  # per row, every score_stride elements
         ("label", ctypes.c_void_p),  # int64, per row; null: none
         ("index", ctypes.c_void_p),  # int32, row to sample; null: row is the sample
@@ -147,7 +148,7 @@ class ScatterArgs(ctypes.Structure):
 class GatherArgs(ctypes.Structure):
     """For ``sn72_gather``: rows of any type, copied as bytes."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("source", ctypes.c_void_p),
         ("target", ctypes.c_void_p),
         ("index", ctypes.c_void_p),  # int32, target row to source row
@@ -244,7 +245,7 @@ def _check_buckets(args: RouteArgs) -> None:
     if not 1 <= count <= MAX_BUCKETS:
         raise OptionError(f"bucket_count={count} must be 1 to {MAX_BUCKETS}")
     buckets = list(args.buckets)[:count]
-    if buckets[0] < 1 or any(a >= b for a, b in zip(buckets, buckets[1:], strict=False)):
+    if buckets[0] < 1 or any(a >= b for a, b in itertools.pairwise(buckets)):
         raise OptionError(f"buckets={buckets} must be positive and ascending")
     if buckets[-1] < args.capacity:
         raise OptionError(
