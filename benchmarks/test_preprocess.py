@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from sn72engine.preprocess import preprocess
+from sn72engine.preprocessing import preprocess
 from sn72engine.spec import Preprocess
 
 SPEC = Preprocess(224, 224)

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from sn72engine.bench import interleave
-from sn72engine.build import build
+from sn72engine.builder import build
 from sn72engine.engine import Engine
+from sn72engine.latency import interleave
 from sn72engine.session import Session, load
 from sn72engine.spec import BuildOptions, RuntimeOptions, ShapeRange
 from sn72engine.store import Store

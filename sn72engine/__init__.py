@@ -22,9 +22,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sn72engine.bench import bench as bench
-    from sn72engine.bench import interleave as interleave
-    from sn72engine.build import build as build
+    from sn72engine.builder import build as build
     from sn72engine.calibration import batches as batches
     from sn72engine.calibration import labelled as labelled
     from sn72engine.cascade import Cascade as Cascade
@@ -35,9 +33,11 @@ if TYPE_CHECKING:
     from sn72engine.engine import Engine as Engine
     from sn72engine.engine import Manifest as Manifest
     from sn72engine.export import export as export
+    from sn72engine.latency import bench as bench
+    from sn72engine.latency import interleave as interleave
     from sn72engine.miner import RoadworkDetector as RoadworkDetector
     from sn72engine.model import OnnxModel as OnnxModel
-    from sn72engine.preprocess import preprocess as preprocess
+    from sn72engine.preprocessing import preprocess as preprocess
     from sn72engine.quantize import quantize as quantize
     from sn72engine.session import Session as Session
     from sn72engine.session import load as load
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from sn72engine.store import Store as Store
     from sn72engine.thresholds import ThresholdOptions as ThresholdOptions
     from sn72engine.thresholds import choose as choose
-    from sn72engine.verify import verify as verify
+    from sn72engine.verifier import verify as verify
 
 __version__ = "0.1.0"
 
@@ -81,16 +81,16 @@ _EXPORTS = {
     "ThresholdOptions": "thresholds",
     "VerifyOptions": "spec",
     "batches": "calibration",
-    "bench": "bench",
-    "build": "build",
+    "bench": "latency",
+    "build": "builder",
     "choose": "thresholds",
     "export": "export",
-    "interleave": "bench",
+    "interleave": "latency",
     "labelled": "calibration",
     "load": "session",
-    "preprocess": "preprocess",
+    "preprocess": "preprocessing",
     "quantize": "quantize",
-    "verify": "verify",
+    "verify": "verifier",
 }
 
 __all__ = ["__version__", *_EXPORTS]

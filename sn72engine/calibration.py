@@ -22,7 +22,7 @@ import numpy as np
 
 from sn72engine.errors import CalibrationError
 from sn72engine.image_files import images_in_folder, labelled, rows_of_csv
-from sn72engine.preprocess import Floats
+from sn72engine.preprocessing import Floats
 from sn72engine.progress import Progress
 from sn72engine.samples import Decoded, Samples, check_like, check_stack, npz_items, spool
 from sn72engine.spec import CalibrationOptions, Preprocess

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sn72engine.errors import CalibrationError, ImageError
-from sn72engine.preprocess import Floats, preprocess_one
+from sn72engine.preprocessing import Floats, preprocess_one
 from sn72engine.progress import Progress
 from sn72engine.spec import Preprocess
 

@@ -127,7 +127,7 @@ class Session:
 
         Args:
             images: one image, a sequence of images, or a uint8 array (N, H, W, C), as
-                :func:`sn72engine.preprocess.preprocess` takes them. Memory use grows with the
+                :func:`sn72engine.preprocessing.preprocess` takes them. Memory use grows with the
                 largest batch, not with their number.
 
         Returns:
@@ -138,7 +138,7 @@ class Session:
                 or one of them cannot be decoded.
             SessionError: as for a call.
         """
-        from sn72engine.preprocess import preprocess
+        from sn72engine.preprocessing import preprocess
 
         spec = self.preprocess
         if spec is None or len(self.inputs) != 1:

@@ -17,10 +17,11 @@ EXAMPLES = """\
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
+    defaults = BenchOptions()
     parser.add_argument("engine", help="engine folder, or the start of its key")
-    parser.add_argument("--batch", type=int, default=BenchOptions.batch)
-    parser.add_argument("--warmup", type=int, default=BenchOptions.warmup)
-    parser.add_argument("--repeats", type=int, default=BenchOptions.repeats)
+    parser.add_argument("--batch", type=int, default=defaults.batch)
+    parser.add_argument("--warmup", type=int, default=defaults.warmup)
+    parser.add_argument("--repeats", type=int, default=defaults.repeats)
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--histogram", type=Path, metavar="PNG", help="write a latency histogram")
 

@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         choices=("onnxruntime", "tensorrt", "tensorrt_rtx"),
-        default=BuildOptions.backend,
+        default=BuildOptions().backend,
     )
     parser.add_argument("--target", default="", help="cpu, cuda, or sm_89 and the like")
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32")

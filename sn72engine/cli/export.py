@@ -46,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=preprocess_argument,
         help="how images become the input: a JSON/YAML file or key=value,...; kept in the file",
     )
-    parser.add_argument("--opset", type=int, default=ExportOptions.opset)
+    parser.add_argument("--opset", type=int, default=ExportOptions().opset)
     parser.add_argument("--input-name", action="append", help="default: pixel_values")
     parser.add_argument("--output-name", action="append", help="default: logits")
     parser.add_argument("--half", action="store_true", help="export in float16")

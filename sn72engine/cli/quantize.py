@@ -26,9 +26,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="calibration images: a folder, a CSV with a file column, or an .npz",
     )
-    parser.add_argument("--method", choices=("entropy", "max"), default=QuantizeOptions.method)
-    parser.add_argument("--limit", type=int, default=CalibrationOptions.limit, help="most samples")
-    parser.add_argument("--batch", type=int, default=CalibrationOptions.batch_size)
+    parser.add_argument("--method", choices=("entropy", "max"), default=QuantizeOptions().method)
+    parser.add_argument(
+        "--limit", type=int, default=CalibrationOptions().limit, help="most samples"
+    )
+    parser.add_argument("--batch", type=int, default=CalibrationOptions().batch_size)
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="NODE", help="leave this node in float"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from sn72engine.cli.outcome import Outcome, engine_folder
 from sn72engine.errors import OptionError
@@ -46,7 +47,7 @@ def execute(options: argparse.Namespace) -> Outcome:
     with load(folder) as candidate, load(engine_folder(options.reference)) as reference:
         if candidate.preprocess is None and options.data.suffix != ".npz":
             raise OptionError(f"{folder} holds no preprocessing; give the data as .npz")
-        source: object = options.data
+        source: Any = options.data
         labels = None
         if options.labels:
             paths, labels = labelled(options.data, options.split)

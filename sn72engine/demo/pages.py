@@ -175,9 +175,7 @@ def summary(figures: Mapping[str, Any], page: Path) -> str:
     lines = []
     for name, entry in figures["verification"].items():
         row = verification_row(name, entry)
-        lines.append(
-            f"{name:8} INT8 {row[4]} as fast as FP32, agreement {row[2]}, gate {row[5]}"
-        )
+        lines.append(f"{name:8} INT8 {row[4]} as fast as FP32, agreement {row[2]}, gate {row[5]}")
     for name, system in figures["comparison"]["systems"].items():
         lines.append(
             f"{name:8} accuracy {system['accuracy']:.1%}, "

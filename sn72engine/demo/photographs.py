@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
 from sn72engine import _deps
@@ -43,7 +44,7 @@ def photographs() -> list[Path]:
     return sorted((path for path in found if path.is_file()), key=lambda path: path.name)
 
 
-def views(paths: list[Path], count: int, *, seed: int, side: int = 320) -> np.ndarray:
+def views(paths: list[Path], count: int, *, seed: int, side: int = 320) -> list[NDArray[np.uint8]]:
     """Random crops, flips and exposures of photographs.
 
     Args:
@@ -53,11 +54,11 @@ def views(paths: list[Path], count: int, *, seed: int, side: int = 320) -> np.nd
         side: height and width of each view in pixels.
 
     Returns:
-        uint8 array of shape (count, side, side, 3).
+        ``count`` uint8 arrays of shape (side, side, 3).
     """
     random = np.random.default_rng(seed)
     images = [Image.open(path).convert("RGB") for path in paths]
-    out = np.empty((count, side, side, 3), np.uint8)
+    out = []
     for index in range(count):
         image = images[index % len(images)]
         crop = min(image.size) * random.uniform(0.35, 1.0)
@@ -68,5 +69,6 @@ def views(paths: list[Path], count: int, *, seed: int, side: int = 320) -> np.nd
         )
         if random.random() < 0.5:
             view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        out[index] = ImageEnhance.Brightness(view).enhance(random.uniform(0.6, 1.4))
+        view = ImageEnhance.Brightness(view).enhance(random.uniform(0.6, 1.4))
+        out.append(np.asarray(view))
     return out

@@ -19,7 +19,7 @@ from sn72engine import _deps, atomic
 from sn72engine.builder import build
 from sn72engine.calibration import batches
 from sn72engine.demo import pages
-from sn72engine.demo.comparison import Comparison, Evaluation, compare
+from sn72engine.demo.comparison import Evaluation, compare
 from sn72engine.demo.models import preprocess_for, pretrained
 from sn72engine.demo.options import DemoOptions
 from sn72engine.demo.photographs import photographs, views
@@ -161,9 +161,7 @@ def run_demo(options: DemoOptions, say: Callable[[str], None] = print) -> DemoRe
     return DemoResult(page, figures, pages.summary(figures, page))
 
 
-def samples(
-    options: DemoOptions, pictures: list[Path]
-) -> tuple[Sequence[Any], Evaluation]:
+def samples(options: DemoOptions, pictures: list[Path]) -> tuple[Sequence[Any], Evaluation]:
     """Calibration images, and evaluation images with what their labels mean."""
     if options.data is None:
         return (

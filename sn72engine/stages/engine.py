@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sn72engine.errors import OptionError
-from sn72engine.preprocess import required_size
+from sn72engine.preprocessing import required_size
 from sn72engine.session import Session
 from sn72engine.stages.base import Image, StageScores
 from sn72engine.stages.scoring import Score, to_scores

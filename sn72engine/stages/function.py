@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sn72engine.preprocess import preprocess, required_size
+from sn72engine.preprocessing import preprocess, required_size
 from sn72engine.spec import Preprocess
 from sn72engine.stages.base import Image, Size, StageScores
 from sn72engine.stages.scoring import Score, to_scores

@@ -17,7 +17,7 @@ from sn72engine import _deps
 from sn72engine.backends import get_backend, tensorrt, tensorrt_log, tensorrt_runner
 from sn72engine.backends.tensorrt import TensorRTBackend, device_target
 from sn72engine.backends.tensorrt_log import ADVICE, Message, advise, explain
-from sn72engine.build import build
+from sn72engine.builder import build
 from sn72engine.errors import BuildError, MissingDependencyError, SessionError
 from sn72engine.model import OnnxModel
 from sn72engine.session import load

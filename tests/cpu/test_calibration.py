@@ -20,7 +20,7 @@ from PIL import Image
 from sn72engine import image_files, samples
 from sn72engine.calibration import CalibrationData, batches, labelled
 from sn72engine.errors import CalibrationError
-from sn72engine.preprocess import preprocess
+from sn72engine.preprocessing import preprocess
 from sn72engine.spec import CalibrationOptions, Preprocess
 
 SPEC = Preprocess(8, 8)

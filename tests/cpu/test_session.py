@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sn72engine.build import build
+from sn72engine.builder import build
 from sn72engine.engine import Engine
 from sn72engine.errors import EngineCorruptError, InputError, SessionError
-from sn72engine.preprocess import preprocess
+from sn72engine.preprocessing import preprocess
 from sn72engine.session import DeviceRunner, Session, load
 from sn72engine.spec import BuildOptions, RuntimeOptions, ShapeRange
 from sn72engine.store import Store

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from sn72engine import _deps
-from sn72engine.build import build
+from sn72engine.builder import build
 from sn72engine.cascade import Cascade
 from sn72engine.cascade.opening import open_stages
 from sn72engine.cascade.result import Status
@@ -27,7 +27,7 @@ from sn72engine.cascade.spec import CascadeSpec, StageSpec
 from sn72engine.engine import Engine
 from sn72engine.errors import InputError, MissingDependencyError, OptionError, SessionError
 from sn72engine.miner import RoadworkDetector
-from sn72engine.preprocess import preprocess
+from sn72engine.preprocessing import preprocess
 from sn72engine.session import Session
 from sn72engine.spec import BuildOptions, Preprocess, ShapeRange
 from sn72engine.stages.base import Stage

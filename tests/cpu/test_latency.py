@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sn72engine import bench as module
-from sn72engine.bench import BenchReport, Latency, bench, interleave, measure
-from sn72engine.build import build
+from sn72engine import latency as module
+from sn72engine.builder import build
 from sn72engine.errors import InputError, OptionError
+from sn72engine.latency import BenchReport, Latency, bench, interleave, measure
 from sn72engine.session import Session, load
 from sn72engine.spec import BenchOptions, BuildOptions, RuntimeOptions, ShapeRange
 from sn72engine.store import Store

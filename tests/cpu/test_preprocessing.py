@@ -16,7 +16,7 @@ from PIL import Image
 
 from sn72engine.decode import DecodeLimits
 from sn72engine.errors import ImageError, InputError
-from sn72engine.preprocess import preprocess, required_size, transform
+from sn72engine.preprocessing import preprocess, required_size, transform
 from sn72engine.spec import Preprocess
 
 #: Normalisation that does nothing, so that results are the 8-bit pixels.
@@ -251,7 +251,7 @@ def test_extreme_shapes(shape: tuple[int, int], fit: str) -> None:
 def test_box_never_leaves_the_image(
     height: int, width: int, out_height: int, out_width: int, fraction: float
 ) -> None:
-    from sn72engine.preprocess import _cropped
+    from sn72engine.preprocessing import _cropped
 
     spec = Preprocess(out_height, out_width, crop_fraction=fraction)
     left, top, right, bottom = _cropped((0.0, 0.0, float(width), float(height)), spec)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sn72engine import trial
 from sn72engine.backends.onnxruntime import OnnxRuntimeBackend
-from sn72engine.build import build, check_batch, resolve_precision
+from sn72engine.builder import build, check_batch, resolve_precision
 from sn72engine.engine import Engine
 from sn72engine.errors import BuildError, InputError
 from sn72engine.model import OnnxModel, TensorSpec

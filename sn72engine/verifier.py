@@ -260,7 +260,7 @@ def _cast(model: Model, batch: _Array) -> _Array:
 def _time(
     candidate: Model, references: Mapping[str, Model], kept: list[_Array], options: VerifyOptions
 ) -> tuple[SpeedReport, ...]:
-    from sn72engine.bench import interleave
+    from sn72engine.latency import interleave
 
     samples = np.concatenate(kept)
     batch = samples[np.arange(options.batch) % len(samples)]  # repeated when the data is short

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sn72engine.build import build
+from sn72engine.builder import build
 from sn72engine.errors import InputError, VerificationError
 from sn72engine.model import OnnxModel, write_record
 from sn72engine.session import Session
 from sn72engine.spec import BuildOptions, RuntimeOptions, ShapeRange, VerifyOptions
 from sn72engine.store import Store
-from sn72engine.verify import VerifyReport, torch_reference, verify
+from sn72engine.verifier import VerifyReport, torch_reference, verify
 
 Array = np.ndarray[Any, Any]
 
