@@ -29,6 +29,7 @@ COMMANDS = {
 
 
 def main() -> int:
+    """Parse the command line, install what is missing, run; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,6 +78,7 @@ def recipe_hash() -> str:
 
 
 def fail(message: str) -> int:
+    """Print why nothing was run; returns the exit code."""
     print(f"bootstrap: {message}", file=sys.stderr)
     return 1
 

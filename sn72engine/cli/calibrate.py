@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sn72engine import atomic
 from sn72engine.cli.outcome import Outcome
+from sn72engine.cli.outcome import table as table_text
 from sn72engine.errors import OptionError
 from sn72engine.spec import RuntimeOptions
+
+if TYPE_CHECKING:
+    from sn72engine.thresholds import ThresholdChoice
 
 SUMMARY = "choose a cascade's thresholds from labelled images"
 EXAMPLES = """\
@@ -70,6 +75,29 @@ def execute(options: argparse.Namespace) -> Outcome:
     if options.output is not None:
         atomic.write_text(options.output, tuned.to_yaml(options.output.parent))
     if options.pareto is not None:
-        choice.plot(options.pareto)
+        choice.plot(options.pareto, names=table.names)
     data = {"choice": choice.to_dict(), "spec": tuned.to_dict()}
-    return Outcome(data, choice.render(table.names))
+    return Outcome(data, render(choice, table.names))
+
+
+def render(choice: ThresholdChoice, names: tuple[str, ...]) -> str:
+    """The choice as text for a person."""
+    rows: list[tuple[str, object]] = [
+        (
+            names[stage.stage],
+            f"low {stage.low:.4g}, high {stage.high:.4g}; reached by {stage.reach:.1%}, "
+            f"{stage.cost * 1e3:.2f} ms per image",
+        )
+        for stage in choice.stages
+    ]
+    rows += [(names[d.stage], f"dropped: {d.reason}") for d in choice.dropped]
+    rows += [
+        ("accuracy", f"{choice.accuracy:.2%} on {choice.certified_on} held-out images"),
+        *(
+            (f"{name} alone", f"{s.accuracy:.2%}, {s.cost * 1e3:.2f} ms")
+            for name, s in zip(names, choice.singles, strict=True)
+        ),
+        ("cost", f"{choice.expected_cost * 1e3:.2f} ms per image expected"),
+        ("guarantee", choice.statement),
+    ]
+    return table_text(rows)

@@ -107,7 +107,8 @@ def find_images(patterns: list[str]) -> list[Path]:
         elif path.is_file():
             matches = [path]
         else:
-            matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+            # Path.glob takes no absolute patterns.
+            matches = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207
         if not matches:
             raise InputError(f"{pattern!r} names no image; give files, folders or glob patterns")
         found.update(dict.fromkeys(matches))

@@ -1,4 +1,4 @@
-"""The cascade against its own stages: thresholds on one half of the samples, figures on the other."""
+"""The cascade against its own stages: one half of the samples chooses, the other measures."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def write(
 ) -> Path:
     """Draw the pictures and write report.html; returns its path."""
     pareto, bars = folder / "pareto.png", folder / "latency.png"
-    comparison.choice.plot(pareto)
+    comparison.choice.plot(pareto, names=comparison.names)
     latency_bars(figures, bars)
 
     machine = figures["machine"]
@@ -182,7 +182,5 @@ def summary(figures: Mapping[str, Any], page: Path) -> str:
             f"{system['ms_per_image']:.2f} ms per image, "
             f"{system['images_per_second']:.0f} images/s"
         )
-    for engine in figures["gpu_engines"]:
-        lines.append(" ".join(("engine  ", *gpu_row(engine))).rstrip())
-    lines.append(f"report   {page}")
-    return "\n".join(lines)
+    engines = [" ".join(("engine  ", *gpu_row(entry))).rstrip() for entry in figures["gpu_engines"]]
+    return "\n".join([*lines, *engines, f"report   {page}"])
