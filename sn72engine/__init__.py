@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from sn72engine.cascade.spec import StageSpec as StageSpec
     from sn72engine.engine import Engine as Engine
     from sn72engine.engine import Manifest as Manifest
-    from sn72engine.export import export as export
+    from sn72engine.exporter import export as export
     from sn72engine.latency import bench as bench
     from sn72engine.latency import interleave as interleave
     from sn72engine.miner import RoadworkDetector as RoadworkDetector
     from sn72engine.model import OnnxModel as OnnxModel
     from sn72engine.preprocessing import preprocess as preprocess
-    from sn72engine.quantize import quantize as quantize
+    from sn72engine.quantizer import quantize as quantize
     from sn72engine.session import Session as Session
     from sn72engine.session import load as load
     from sn72engine.spec import BenchOptions as BenchOptions
@@ -84,12 +84,12 @@ _EXPORTS = {
     "bench": "latency",
     "build": "builder",
     "choose": "thresholds",
-    "export": "export",
+    "export": "exporter",
     "interleave": "latency",
     "labelled": "calibration",
     "load": "session",
     "preprocess": "preprocessing",
-    "quantize": "quantize",
+    "quantize": "quantizer",
     "verify": "verifier",
 }
 

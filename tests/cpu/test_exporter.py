@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sn72engine.errors import ExportError
-from sn72engine.export import export
+from sn72engine.exporter import export
 from sn72engine.model import OnnxModel
 from sn72engine.spec import ExportOptions, Preprocess
 from tests import tiny_modules
@@ -128,7 +128,7 @@ def test_module_is_left_as_it_was(tmp_path):
 def test_says_nothing(tmp_path):
     code = (
         "import pathlib, sys, torch\n"
-        "from sn72engine.export import export\n"
+        "from sn72engine.exporter import export\n"
         "from sn72engine.spec import ExportOptions\n"
         "export(torch.nn.Linear(3, 2), ExportOptions(), pathlib.Path(sys.argv[1]),"
         " example=torch.zeros(1, 3))\n"

@@ -18,9 +18,9 @@ from torch import nn
 from sn72engine import ranges
 from sn72engine.calibration import batches
 from sn72engine.errors import CalibrationError, QuantizationError
-from sn72engine.export import export
+from sn72engine.exporter import export
 from sn72engine.model import OnnxModel
-from sn72engine.quantize import quantize
+from sn72engine.quantizer import quantize
 from sn72engine.spec import ExportOptions, QuantizeOptions
 from tests import quantized_models, tiny_models
 from tests.quantized_models import data, exported, images, quantized
