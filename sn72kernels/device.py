@@ -138,7 +138,7 @@ def achieved_gb_s(index: int) -> float:
             target.copy_(source)
         best = float("inf")
         for _ in range(10):
-            start, stop = _event(), _event()
+            start, stop = event(), event()
             start.record()
             target.copy_(source)
             stop.record()
@@ -147,7 +147,8 @@ def achieved_gb_s(index: int) -> float:
     return 2 * size / best / 1e6
 
 
-def _event() -> torch.cuda.Event:
+def event() -> torch.cuda.Event:
+    """A CUDA event that keeps time."""
     import torch
 
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

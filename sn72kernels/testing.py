@@ -1,4 +1,4 @@
-"""How kernels are held to account: error measures, poisoned outputs, and compile-only checks.
+"""How kernels are held to account: error measures, poisoned outputs, graphs, compile-only checks.
 
 The compile-only checks need no GPU: Triton brings ptxas and cuobjdump. A launcher is called on
 meta tensors while its launches are recorded, each launch is compiled for an architecture just as
@@ -85,6 +85,76 @@ def assert_close(
             f", expected {want.flatten()[worst].item()!r} within {absolute:g} + {relative:g} of it;"
             f" {int((excess > 0).sum())} elements are out of bounds"
         )
+
+
+def assert_same(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """Assert that tensors are equal in dtype, shape and value; a NaN equals a NaN.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    import torch
+
+    for have, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(have.cpu(), want.cpu(), rtol=0, atol=0, equal_nan=True)
+
+
+def assert_capturable(
+    call: Callable[..., Sequence[torch.Tensor]],
+    first: Sequence[torch.Tensor],
+    second: Sequence[torch.Tensor],
+) -> None:
+    """Capture ``call`` on ``first`` in a CUDA graph, replay it on ``second``, compare.
+
+    Args:
+        call: the op.
+        first: CUDA tensors to capture with.
+        second: CUDA tensors of the same shapes, copied into place before the replay.
+
+    Raises:
+        AssertionError: the replay gave something else than a plain call on ``second``.
+    """
+    import torch
+
+    wanted = [t.clone() for t in call(*second)]
+    buffers = [t.clone() for t in first]
+    call(*buffers)  # compiles, which a capture may not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call(*buffers)
+    for buffer, value in zip(buffers, second, strict=True):
+        buffer.copy_(value)
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert_same(outputs, wanted)
+
+
+def assert_stream_safe(
+    call: Callable[..., Sequence[torch.Tensor]],
+    first: Sequence[torch.Tensor],
+    second: Sequence[torch.Tensor],
+) -> None:
+    """Two streams at once give what one call after the other gives.
+
+    Raises:
+        AssertionError: they do not.
+    """
+    import torch
+
+    wanted = [[t.clone() for t in call(*arguments)] for arguments in (first, second)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]  # type: ignore[no-untyped-call]
+    results: list[list[Sequence[torch.Tensor]]] = [[], []]
+    for _ in range(20):
+        for place, arguments in enumerate((first, second)):
+            with torch.cuda.stream(streams[place]):
+                results[place].append(call(*arguments))
+    torch.cuda.synchronize()
+    for place in (0, 1):
+        for outputs in results[place]:
+            assert_same(outputs, wanted[place])
 
 
 @contextmanager

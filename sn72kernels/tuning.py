@@ -108,11 +108,12 @@ def autotune(
     op: str,
     key: Sequence[object],
     candidates: Sequence[Config],
-    run: Callable[[Config], object],
+    run: Callable[..., object],
     correct: Callable[[Config], bool],
     *,
     arch: int,
-    measure: Callable[[Callable[[], object]], float] | None = None,
+    arguments: Sequence[Any] = (),
+    measure: Callable[..., float] | None = None,
 ) -> Config:
     """Measure every candidate, keep the fastest correct one on disk and return it.
 
@@ -120,11 +121,13 @@ def autotune(
         op: name of the op.
         key: what the choice depends on besides the architecture (shape, dtype).
         candidates: frozen dataclass instances.
-        run: runs the op once with a configuration.
+        run: runs the op once; called with a configuration and then ``arguments``.
         correct: whether the op's result with a configuration is right; a wrong one is dropped,
             however fast.
         arch: compute capability as one number.
-        measure: milliseconds of a call; by default :func:`sn72kernels.bench.graph_ms`.
+        arguments: what the op works on; rotated between calls so that the L2 cache stays cold.
+        measure: milliseconds of a call, given it and ``arguments``; by default
+            :func:`sn72kernels.bench.cold_ms`.
 
     Raises:
         ArgumentError: no candidate is correct.
@@ -133,11 +136,11 @@ def autotune(
     if measure is None:
         from sn72kernels import bench
 
-        measure = bench.graph_ms
+        measure = bench.cold_ms
     right = [c for c in candidates if correct(c)]
     if not right:
         raise ArgumentError(f"none of the {len(candidates)} candidates for {op} computes it right")
-    timed = [(measure(functools.partial(run, c)), i) for i, c in enumerate(right)]
+    timed = [(measure(functools.partial(run, c), *arguments), i) for i, c in enumerate(right)]
     milliseconds, best = min(timed)
     path = cache_file(arch)
     entries = dict(_load(path))

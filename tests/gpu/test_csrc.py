@@ -245,7 +245,7 @@ def test_the_condition_selects_the_body_of_a_switch_node(
     launch = layout.route(args, "f32")
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(launch.args))
     node = driver.CUDA_KERNEL_NODE_PARAMS()
-    node.func = driver.CUfunction(loaded.handles[launch.kernel])
+    node.kern, node.ctx = driver.CUkernel(loaded.handles[launch.kernel]), context
     node.gridDimX, node.gridDimY, node.gridDimZ = launch.grid
     node.blockDimX, node.blockDimY, node.blockDimZ = launch.block
     node.kernelParams = ctypes.addressof(pointers)

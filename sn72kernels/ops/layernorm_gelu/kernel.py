@@ -129,10 +129,10 @@ def _grad_affine(
     grad, total, weight, bias, grad_at, total_at, col, inside, inside_col, mean, rstd,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
-    """Normalised input, and the gradient of what GELU was applied to; zeros outside."""
+    """Normalised input, and the gradient of what GELU was applied to: zero outside."""
     upstream = tl.load(grad + grad_at, inside, other=0.0).to(tl.float32)
     value = tl.load(total + total_at, inside, other=0.0).to(tl.float32)
-    normal = tl.where(inside, (value - mean) * rstd, 0.0)
+    normal = (value - mean) * rstd
     z = _affine(normal, weight, bias, col, inside_col, HAS_WEIGHT, HAS_BIAS)
     return normal, upstream * _gelu_slope(z, TANH)
 
