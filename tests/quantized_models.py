@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from sn72engine.calibration import CalibrationData, batches
-from sn72engine.export import export
+from sn72engine.exporter import export
 from sn72engine.model import OnnxModel
-from sn72engine.quantize import quantize
+from sn72engine.quantizer import quantize
 from sn72engine.spec import CalibrationOptions, ExportOptions, Preprocess, QuantizeOptions
 from tests import tiny_modules
 

@@ -71,9 +71,7 @@ def test_nodes_that_differ_in_an_attribute_stay():
 
 
 def test_random_nodes_stay():
-    proto = parse(
-        "{ a = RandomNormalLike(x) b = RandomNormalLike(x) c = Sub(a, b) y = Add(c, x) }"
-    )
+    proto = parse("{ a = RandomNormalLike(x) b = RandomNormalLike(x) c = Sub(a, b) y = Add(c, x) }")
     cleaned, report = clean(proto)
     assert report.merged_nodes == 0
     assert not np.array_equal(run(cleaned, X)[0], X)

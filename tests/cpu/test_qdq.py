@@ -13,11 +13,11 @@ import torch
 
 from sn72engine.calibration import batches, labelled
 from sn72engine.errors import QuantizationError
-from sn72engine.export import export
+from sn72engine.exporter import export
 from sn72engine.model import OnnxModel, read_record, write_record
 from sn72engine.preprocessing import preprocess
 from sn72engine.qdq import lower_for_cpu
-from sn72engine.quantize import quantize
+from sn72engine.quantizer import quantize
 from sn72engine.spec import CalibrationOptions, ExportOptions, Preprocess, QuantizeOptions
 from tests.quantized_models import exported, images, quantized
 
