@@ -228,8 +228,8 @@ class CpuExecutor:
             routes[routes == NEGATIVE] = ESCALATE
         gone = tally.leave(changed, routes)
         request.samples.drop(gone)
-        counts.negative += int((routes == NEGATIVE).sum())
-        counts.positive += int((routes == POSITIVE).sum())
+        counts.negative += int(np.count_nonzero(routes == NEGATIVE))
+        counts.positive += int(np.count_nonzero(routes == POSITIVE))
         counts.escalated += scored.index.size - gone.size
 
 

@@ -34,8 +34,8 @@ class StageCounts:
 
     def add(self, other: StageCounts) -> None:
         """Add another count to this one."""
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass(frozen=True, slots=True)

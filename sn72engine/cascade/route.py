@@ -109,6 +109,8 @@ def as_float32(values: ArrayLike, name: str) -> NDArray[np.float32]:
     Raises:
         InputError: it is ragged or does not hold real numbers; the message uses ``name``.
     """
+    if isinstance(values, np.ndarray) and values.dtype == np.float32:
+        return values
     try:
         array: NDArray[Any] = np.asarray(values)
     except ValueError as error:

@@ -84,7 +84,6 @@ class Tally:
         else:
             if combine == "replace":
                 self._sum[index] = self._weight[index] = self._floor[index] = 0
-                self._raiser[index] = -1
             self._sum[index] += np.float64(weight) * scores
             self._weight[index] += weight
             self._voter[index] = stage

@@ -1,0 +1,62 @@
+"""What the cascade itself costs: its overhead beside its stages, and one routing decision.
+
+Run with ``pytest benchmarks/test_cascade.py``. The extra columns of the table say what share of a
+call is the cascade's own. Nothing here can fail on a slow machine.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sn72engine.cascade import Cascade
+from sn72engine.cascade.route import compact, route
+from sn72engine.cascade.spec import CascadeSpec, StageSpec
+
+BATCH = 8
+STAGE_SECONDS = 0.010
+
+
+def stage_of(seconds: float, scores: np.ndarray) -> Callable[[Sequence[Any]], np.ndarray]:
+    """A stage that takes a known time without using the processor, as one on a GPU does."""
+
+    def call(images: Sequence[Any]) -> np.ndarray:
+        time.sleep(seconds)
+        return scores[: len(images)]
+
+    return call
+
+
+@pytest.mark.parametrize("deadline", [None, 60.0], ids=["no deadline", "deadline"])
+@pytest.mark.parametrize("stages", [1, 3])
+def test_overhead(benchmark: Any, stages: int, deadline: float | None) -> None:
+    """Every sample goes through every stage: the most work that the cascade can have."""
+    unsure = np.full(BATCH, 0.5, np.float32)
+    names = [f"s{i}" for i in range(stages)]
+    spec = CascadeSpec(tuple(StageSpec(name) for name in names))
+    objects = {name: stage_of(STAGE_SECONDS, unsure) for name in names}
+    images = [np.zeros((224, 224, 3), np.uint8)] * BATCH
+    with Cascade(spec, objects) as cascade:
+        results = benchmark(cascade, images, deadline=deadline)
+        report = cascade.report()
+    assert len(results) == BATCH
+    elsewhere = sum(s.counts.seconds for s in report.stages)
+    benchmark.extra_info["own_us_per_call"] = round(1e6 * report.own_seconds / report.calls, 1)
+    benchmark.extra_info["own_percent_of_stages"] = round(100 * report.own_seconds / elsewhere, 2)
+
+
+@pytest.mark.parametrize("count", [1, 8, 64, 4096])
+def test_route_and_compact(benchmark: Any, count: int) -> None:
+    scores = np.random.default_rng(0).random(count, np.float32)
+    scores[::10] = math.nan
+
+    def decide() -> np.ndarray:
+        return compact(route(scores, 0.15, 0.85))
+
+    index = benchmark(decide)
+    assert (np.diff(index) > 0).all()
