@@ -11,11 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sn72engine.roadscenes.scenes import SceneOptions, render, scene
+    from sn72engine.roadscenes.scenes import Scene, SceneOptions, render, scene
     from sn72engine.roadscenes.sets import dataset, write_dataset
     from sn72engine.roadscenes.train import TrainOptions, trained
 
 _EXPORTS = {
+    "Scene": "scenes",
     "SceneOptions": "scenes",
     "render": "scenes",
     "scene": "scenes",
@@ -26,6 +27,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "Scene",
     "SceneOptions",
     "TrainOptions",
     "dataset",

@@ -354,7 +354,15 @@ def bush(spot: Spot, dice: Dice) -> None:
         spot.disc(x, y, dice.uniform(0.3, 0.42), shade(green, dice.uniform(0.8, 1.15)))
 
 
-ROADWORK: tuple[Drawing, ...] = (cone, drum, barrier, work_sign, worker, excavator)
+#: Half the width and the height of each roadwork object, about, in metres.
+ROADWORK: dict[Drawing, tuple[float, float]] = {
+    cone: (0.3, 0.9),
+    drum: (0.35, 1.1),
+    barrier: (1.2, 1.1),
+    work_sign: (0.6, 1.8),
+    worker: (0.4, 1.8),
+    excavator: (2.0, 2.4),
+}
 LOOKALIKES: tuple[Drawing, ...] = (
     traffic_sign,
     warm_sign,

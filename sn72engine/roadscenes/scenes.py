@@ -20,9 +20,6 @@ from sn72engine.roadscenes.dice import Dice
 from sn72engine.roadscenes.objects import Colour, Drawing, Light, Spot
 from sn72engine.spec import Options, check_int, check_number
 
-#: Raise when a change alters the pixels of any scene: weights trained on them are then stale.
-SCENE_VERSION = 1
-
 #: Scenes are drawn this much larger and averaged down, which smooths edges.
 _SCALE = 2
 
@@ -49,7 +46,7 @@ class SceneOptions(Options):
 
 
 def scene(seed: int, label: int, *, difficulty: float = 0.5, size: int = 224) -> np.ndarray:
-    """Draw one scene; shorthand for :func:`render`.
+    """Draw one scene; shorthand for the picture of :func:`render`.
 
     Returns:
         uint8 of shape (size, size, 3), RGB.
@@ -57,10 +54,22 @@ def scene(seed: int, label: int, *, difficulty: float = 0.5, size: int = 224) ->
     Raises:
         OptionError: an argument is out of range.
     """
-    return render(seed, label, SceneOptions(difficulty=difficulty, size=size))
+    return render(seed, label, SceneOptions(difficulty=difficulty, size=size)).picture
 
 
-def render(seed: int, label: int, options: SceneOptions) -> np.ndarray:
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A picture, uint8 of shape (size, size, 3), and where its roadwork is.
+
+    ``boxes`` are left, top, right, bottom as shares of the picture's side, about, and may reach
+    beyond it; none for label 0.
+    """
+
+    picture: np.ndarray
+    boxes: tuple[tuple[float, float, float, float], ...]
+
+
+def render(seed: int, label: int, options: SceneOptions) -> Scene:
     """Draw one scene.
 
     Args:
@@ -68,9 +77,6 @@ def render(seed: int, label: int, options: SceneOptions) -> np.ndarray:
             Another Pillow version may rasterise an edge pixel differently.
         label: 1 with roadwork, 0 without.
         options: difficulty and size.
-
-    Returns:
-        uint8 of shape (size, size, 3), RGB.
 
     Raises:
         OptionError: ``seed`` or ``label`` is out of range.
@@ -91,12 +97,19 @@ def render(seed: int, label: int, options: SceneOptions) -> np.ndarray:
         road, Dice(seed, label, "objects"), label, difficulty
     )
     lights: list[Light] = []
+    boxes = []
     for item in sorted(standing, key=lambda item: item.depth):
         x, y, metre = road.place(item.across, item.depth)
         item.drawing(Spot(draw, x, y, metre, lights), item.dice)
-    return weather.expose(
-        canvas, lights, conditions, road.horizon, _SCALE, Dice(seed, label, "camera")
-    )
+        if item.drawing in objects.ROADWORK:
+            half, height = (length * metre for length in objects.ROADWORK[item.drawing])
+            left, top, right, bottom = (
+                edge / road.size for edge in (x - half, y - height, x + half, y)
+            )
+            boxes.append((left, top, right, bottom))
+    camera = Dice(seed, label, "camera")
+    picture = weather.expose(canvas, lights, conditions, road.horizon, _SCALE, camera)
+    return Scene(picture, tuple(boxes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +243,7 @@ def _traffic(road: _Road, dice: Dice, label: int, difficulty: float) -> list[_It
     items: list[_Item] = []
     for _ in range(dice.count(1, 2 + round(2 * difficulty))):
         items += _group(road, dice, dice.pick(objects.LOOKALIKES), 0.16, 0.6, difficulty)
-    kinds = objects.ROADWORK if label else objects.LOOKALIKES
+    kinds = tuple(objects.ROADWORK) if label else objects.LOOKALIKES
     for _ in range(dice.count(1, max(1, round(3 - 2 * difficulty)))):
         group = _group(road, dice, dice.pick(kinds), far, near, difficulty)
         items += group

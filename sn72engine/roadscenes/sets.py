@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from sn72engine import atomic
 from sn72engine.errors import OptionError
 from sn72engine.progress import track
 from sn72engine.roadscenes.dice import Dice
-from sn72engine.roadscenes.scenes import SceneOptions, render
+from sn72engine.roadscenes.scenes import Scene, SceneOptions, render
 from sn72engine.spec import check_choice, check_int, check_number
 
 Difficulty = float | tuple[float, float]
@@ -46,18 +47,34 @@ def dataset(
         OptionError: an argument is out of range.
     """
     check_int("count", count, 1, _STRIDE)
+    check_int("size", size, 1)
+    images = np.empty((count, size, size, 3), dtype=np.uint8)
+    labels = np.empty(count, dtype=np.int64)
+    drawn = scenes(count, seed, difficulty=difficulty, size=size)
+    for index, (scene, label) in enumerate(
+        track(drawn, "drawing scenes", total=count, unit="img", shown=shown)
+    ):
+        images[index], labels[index] = scene.picture, label
+    return images, labels
+
+
+def scenes(
+    count: int, seed: int, *, difficulty: Difficulty = 0.5, size: int = 96
+) -> Iterator[tuple[Scene, int]]:
+    """The scenes and labels of :func:`dataset` one at a time, with the places of roadwork.
+
+    Raises:
+        OptionError: an argument is out of range.
+    """
+    check_int("count", count, 1, _STRIDE)
     check_int("seed", seed, 0)
     low, high = difficulty if isinstance(difficulty, tuple) else (difficulty, difficulty)
     check_number("difficulty", low, 0.0, 1.0)
     check_number("difficulty", high, low, 1.0)
-    SceneOptions(difficulty=low, size=size)
     dice = Dice(seed, "set")
-    labels = np.array(dice.shuffled([i % 2 for i in range(count)]), dtype=np.int64)
-    images = np.empty((count, size, size, 3), dtype=np.uint8)
-    for index in track(range(count), "drawing scenes", unit="img", shown=shown):
+    for index, label in enumerate(dice.shuffled([i % 2 for i in range(count)])):
         options = SceneOptions(difficulty=dice.uniform(low, high), size=size)
-        images[index] = render(seed * _STRIDE + index, int(labels[index]), options)
-    return images, labels
+        yield render(seed * _STRIDE + index, label, options), label
 
 
 def write_dataset(

@@ -91,7 +91,8 @@ class ThresholdChoice:
         singles: of each given stage alone, with its best allowed decision threshold.
         target: value that was to be reached, in the objective's units.
         target_met: whether the held-out value reaches it; the value is an estimate.
-        certified: whether the true value reaches it with ``options.confidence``.
+        certified: whether the true value reaches it with ``options.confidence``; trivially so
+            where the choice is the reference itself.
         lower_bound: of the true value, with ``options.confidence``; of value less the
             reference's value where the certificate compares the two on the same samples. When
             certified it is what was certified: the target, or ``-tolerance``.
@@ -231,9 +232,10 @@ def choose(
         eligible = [c for c in candidates if c.cost < reference.cost]
     eligible = [c for c in eligible if c.value >= target - _SAME]
     judge = _Judge(held_out, options, reference, target, eligible)
-    certified = judge.certified()
-    chosen = certified or judge.reaching() or judge.fallback(candidates)
-    bound = judge.claim if certified else judge.bound(chosen.config)
+    tested = judge.certified()
+    chosen = tested or judge.reaching() or judge.fallback(candidates)
+    certified = tested is not None or judge.trivial(chosen.config)
+    bound = judge.claim if tested else judge.bound(chosen.config)
     outcome = run(held_out, chosen.config)
     figures = _figures(held_out, options, chosen.config)
     met = figures.value >= judge.held_out_target - _SAME
@@ -255,9 +257,9 @@ def choose(
         singles=tuple(_figures(held_out, options, s.config) for s in singles),
         target=judge.held_out_target,
         target_met=met,
-        certified=certified is not None,
+        certified=certified,
         lower_bound=bound,
-        statement=judge.statement(certified is not None, bound),
+        statement=judge.statement(chosen.config, certified, bound),
         pareto=tuple(_point(held_out, judge.goal, c.config) for c in candidates),
         fitted_on=fit.count,
         certified_on=held_out.count,
@@ -306,26 +308,32 @@ class _Judge:
         return min(good, key=lambda c: c.cost, default=None)
 
     def fallback(self, candidates: list[Candidate]) -> Candidate:
-        """The reference of a relative target, or the cheapest that is best but for noise."""
+        """The reference of a relative target, or the cheapest that is best here but for noise."""
         if self._relative:
             return self._reference
-        best = candidates[-1].value
+        tried = [(c, self._value(c)) for c in _thinned(candidates)]
+        best = max(value for _, value in tried)
         count = self._samples.count
         spread = math.sqrt(max(best * (1 - best), 1 / count) / count)
-        return next(c for c in candidates if c.value >= best - spread)
+        return next(c for c, value in tried if value >= best - spread)
 
     def bound(self, config: Config) -> float:
-        """Lower bound of one that was picked from the sequence by its estimate on this half.
+        """Lower bound of one that was picked by its estimate on this half.
 
-        The error level is divided by the number of those it was picked from (Bonferroni).
+        The error level is divided by the most that were looked at (Bonferroni): the sequence,
+        and in :meth:`fallback` as many again.
         """
-        return self._bound(config, (1 - self._options.confidence) / max(1, len(self._sequence)))
+        return self._bound(config, (1 - self._options.confidence) / (2 * _SEQUENCE))
+
+    def trivial(self, config: Config) -> bool:
+        """Whether the claim is that the reference is as accurate as itself."""
+        return self._paired and config == self._reference.config
 
     def _bound(self, config: Config, alpha: float) -> float:
         outcome = run(self._samples, config)
         if not self._paired:
             return value_bound(outcome, self.goal, alpha)
-        if config == self._reference.config:
+        if self.trivial(config):
             return 0.0
         return difference_bound(outcome, run(self._samples, self._reference.config), alpha)
 
@@ -333,8 +341,13 @@ class _Judge:
         outcome = run(self._samples, candidate.config)
         return self.goal.value(outcome.fp, outcome.fn)
 
-    def statement(self, certified: bool, bound: float) -> str:
+    def statement(self, config: Config, certified: bool, bound: float) -> str:
         """The guarantee in words."""
+        if self.trivial(config):
+            return (
+                f"The choice is stage {config.kept[0]} alone, which is its own reference: there is "
+                "nothing to certify."
+            )
         options = self._options
         count = self._samples.count
         level = f"{options.confidence:.6g}"

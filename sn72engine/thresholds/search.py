@@ -5,7 +5,8 @@ One stage needs no thresholds. For two, all pairs of candidate thresholds are tr
 thresholds of one boundary at a time are all tried with the others fixed, from the last boundary
 backwards and round again until nothing improves, for a ladder of prices of latency against the
 objective (coordinate ascent on ``objective - price * cost``); what every step tries is kept, so
-the frontier is richer than the end points. All of it is deterministic.
+the frontier is richer than the end points. A cascade whose last stage no sample reaches is left
+out. All of it is deterministic.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def cuts(scores: NDArray[np.float32], most: int) -> tuple[NDArray[np.float32], N
     """Candidate ``low`` and ``high`` thresholds: halfway between neighbouring scores.
 
     Between two neighbouring scores every threshold acts alike, so with ``most`` not reached the
-    candidates are exhaustive. Otherwise those at evenly spaced ranks are taken. The lows begin
-    with 0 (no negative exit), the highs end with 1 (no positive exit).
+    candidates are exhaustive. Otherwise those at evenly spaced ranks are taken. Either list also
+    has 0 and 1: a low of 0 is no negative exit, a high of 1 no positive exit.
     """
     distinct, counts = np.unique(scores[(scores >= 0) & (scores <= 1)], return_counts=True)
     below, above = distinct[:-1], distinct[1:]
@@ -85,10 +86,8 @@ def cuts(scores: NDArray[np.float32], most: int) -> tuple[NDArray[np.float32], N
     # Rounding may land on a neighbour; each comparison is strict, so take the side that cuts.
     low = np.where(middle > below, middle, above)
     high = np.where(middle < above, middle, below)
-    return (
-        np.unique(np.concatenate([np.zeros(1, np.float32), low])),
-        np.unique(np.concatenate([high, np.ones(1, np.float32)])),
-    )
+    ends = np.array([0, 1], np.float32)
+    return np.unique(np.concatenate([low, ends])), np.unique(np.concatenate([high, ends]))
 
 
 def single(stage: int, decision: float) -> Config:
@@ -128,8 +127,8 @@ def _subset(
             continue
         for price in _PRICES:
             found += walk.ascend(price / float(samples.costs[list(kept)].sum()))
-    exact = [_measured(samples, objective, c.config) for c in pareto(found)]
-    return pareto(exact)
+    used = [c for c in pareto(found) if run(samples, c.config).reach[-1] > 0]
+    return pareto([_measured(samples, objective, c.config) for c in used])
 
 
 def _decisions(samples: Samples, options: ThresholdOptions, last: int) -> list[float]:
@@ -138,7 +137,7 @@ def _decisions(samples: Samples, options: ThresholdOptions, last: int) -> list[f
     if options.decision_threshold is not None:
         return [float(np.float32(options.decision_threshold))]
     # 0.5 first: it wins ties.
-    return [0.5, *map(float, cuts(samples.scores[last], min(_DECISIONS, options.grid))[0][1:])]
+    return [0.5, *map(float, cuts(samples.scores[last], min(_DECISIONS, options.grid))[0])]
 
 
 def _measured(samples: Samples, objective: Objective, config: Config) -> Candidate:
@@ -246,7 +245,11 @@ class _Walk:
         paid = _sums(seconds[order][:, None])[:, 0]
         totals[..., 2] += paid[-1] - paid[after] + paid[first]
         fp, fn, cost = totals[..., 0], totals[..., 1], totals[..., 2] / self.samples.count
-        value = np.where(boundary.allowed, self.objective.values(fp, fn), -np.inf)
+        # Nobody going on would be the earlier stages alone, with a decision threshold of its own.
+        walked = _sums(arriving[order][:, None])[:, 0]
+        going = walked[after] - walked[first] + arriving[unusable].sum()
+        allowed = boundary.allowed & (going > 0)
+        value = np.where(allowed, self.objective.values(fp, fn), -np.inf)
         score = value - price * cost
         row, column = np.unravel_index(int(np.argmax(score)), score.shape)
         chosen = _replaced(thresholds, number, boundary, int(row), int(column))

@@ -1,0 +1,26 @@
+"""Fixtures that more than one test file uses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@pytest.fixture(scope="session")
+def trained_cnn() -> nn.Module:
+    """The first-stage road-scene model; trained once per machine, then read from the cache."""
+    from sn72engine.roadscenes import trained
+
+    return trained("small_cnn")
+
+
+@pytest.fixture(scope="session")
+def trained_vit() -> nn.Module:
+    """The second-stage road-scene model; trained once per machine, then read from the cache."""
+    from sn72engine.roadscenes import trained
+
+    return trained("small_vit")
