@@ -7,7 +7,7 @@ only where the zero point and scale make it redundant. So, for a CPU:
 
 - activations become uint8 with a zero point, 0 for what cannot be negative;
 - convolution outputs, residual additions of them, poolings and concatenations are quantised too,
-  with the ranges that :mod:`sn72engine.quantize` kept in the record;
+  with the ranges that :mod:`sn72engine.quantizer` kept in the record;
 - biases become int32 in units of input scale times weight scale;
 - a mean over both image axes becomes a GlobalAveragePool, which has an integer kernel.
 
