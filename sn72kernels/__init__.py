@@ -13,15 +13,26 @@ if TYPE_CHECKING:
     from sn72kernels.ops.cascade_route.op import cascade_route
     from sn72kernels.ops.ensemble_vote.op import ensemble_vote
     from sn72kernels.ops.layernorm_gelu.op import layernorm_gelu
+    from sn72kernels.ops.quantize.op import dequantize, quantize
 
 # Public op -> folder under sn72kernels.ops that defines it.
 OPS: dict[str, str] = {
     "cascade_route": "cascade_route",
+    "dequantize": "quantize",
     "ensemble_vote": "ensemble_vote",
     "layernorm_gelu": "layernorm_gelu",
+    "quantize": "quantize",
 }
 
-__all__ = ["OPS", "cascade_route", "ensemble_vote", "explain", "layernorm_gelu"]
+__all__ = [
+    "OPS",
+    "cascade_route",
+    "dequantize",
+    "ensemble_vote",
+    "explain",
+    "layernorm_gelu",
+    "quantize",
+]
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Choice:

@@ -8,8 +8,9 @@ from typing import Any, Literal, overload
 import torch
 
 from sn72kernels import library, tuning
-from sn72kernels.errors import ArgumentError, ShapeError, check_tensor
+from sn72kernels.errors import ArgumentError, check_tensor
 from sn72kernels.ops.layernorm_gelu import reference
+from sn72kernels.ops.layout import as_rows, check_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -121,14 +122,14 @@ def launch_forward(
     """Triton counterpart of :func:`reference.forward`, same arguments and results."""
     from sn72kernels.ops.layernorm_gelu import kernel
 
-    flat = _rows(x)
+    flat = as_rows(x)
     rows, cols = flat.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty(x.shape if keep_total else 0, dtype=x.dtype, device=x.device)
     stats = torch.empty((2, rows) if keep_stats else 0, dtype=torch.float32, device=x.device)
     if rows == 0:
         return out, total, stats
-    other = None if residual is None else _rows(residual)
+    other = None if residual is None else as_rows(residual)
     config = tile_config(cols, x.element_size())
     arguments = (
         flat, other, weight, bias, out, total, stats,
@@ -164,8 +165,8 @@ def launch_backward(
     """Triton counterpart of :func:`reference.backward`, same arguments and results."""
     from sn72kernels.ops.layernorm_gelu import kernel
 
-    flat, up = _rows(total), _rows(grad)
-    up_total = None if grad_total is None else _rows(grad_total)
+    flat, up = as_rows(total), as_rows(grad)
+    up_total = None if grad_total is None else as_rows(grad_total)
     rows, cols = flat.shape
     config = backward_config(cols)
     # Enough programs to fill the device twice, few enough that their partial sums stay small.
@@ -205,12 +206,6 @@ def launch_backward(
                 ROWS=block.rows, COLS=block.cols, **{**flags, "num_warps": block.warps},
             )  # fmt: skip
     return grad_x, _reduce(partial_weight, weight, total), _reduce(partial_bias, bias, total)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """``x`` as (rows, cols) with contiguous columns; a view where its strides allow one."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
 def _partial(programs: int, cols: int, like: torch.Tensor | None) -> torch.Tensor | None:
@@ -349,8 +344,7 @@ def _check(
     return_total: bool,
 ) -> None:
     check_tensor("x", x, dtype=DTYPES)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ShapeError(f"Invalid shape of x: expected (..., N) with N >= 1, got {tuple(x.shape)}")
+    check_rows("x", x)
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
             check_tensor(name, vector, shape=(x.shape[-1],), dtype=DTYPES, device=x.device)

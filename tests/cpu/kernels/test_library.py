@@ -50,6 +50,8 @@ sn72kernels.layernorm_gelu(x).sum().backward()
 vote = sn72kernels.ensemble_vote([torch.rand(5), torch.rand(5)], [0.5, 0.5])
 sn72kernels.cascade_route(vote, 0.1, 0.9, buckets=(8,))
 assert "triton" not in sys.modules
+q = sn72kernels.quantize(x, granularity="token", dtype=torch.float8_e4m3fn)
+sn72kernels.dequantize(*q, granularity="token")
 for op, args in {"layernorm_gelu": [x], "cascade_route": [vote], "ensemble_vote": [[vote]]}.items():
     assert sn72kernels.explain(op, *args).implementation == "reference"
 """

@@ -1,0 +1,72 @@
+"""Quantisation on the card: the same bits as the CPU reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sn72kernels
+from sn72kernels.ops.quantize import op, reference
+from sn72kernels.testing import assert_capturable, assert_same, assert_stream_safe, poisoned
+
+FP8 = torch.float8_e4m3fn
+
+
+def make(rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    magnitude = 10.0 ** torch.randint(-5, 3, (rows, cols), generator=generator)
+    x = torch.randn(rows, cols, generator=generator) * magnitude
+    x[torch.rand(rows, cols, generator=generator) < 0.05] = float("nan")
+    x[torch.rand(rows, cols, generator=generator) < 0.05] = float("inf")
+    return x.to(dtype)
+
+
+def codes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype in (torch.int8, FP8) else tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "token"])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (33, 1000), (577, 1024), (5, 20001)])
+def test_same_bits_as_the_cpu(
+    shape: tuple[int, int], granularity: str, fp8: bool, dtype: torch.dtype
+) -> None:
+    x = make(*shape, dtype)
+    scale = reference.scale_of(x, granularity, fp8)
+    torch.testing.assert_close(
+        reference.scale_of(x.cuda(), granularity, fp8).cpu(), scale, rtol=0, atol=0
+    )
+    want = reference.quantize_static(x, scale, granularity, fp8)
+    with poisoned():
+        have = op.launch_static(x.cuda(), scale.cuda(), granularity, fp8)
+    assert_same([codes(have)], [codes(want)])
+    for out in (torch.float32, torch.float16, torch.bfloat16):
+        back = op.launch_dequantize(have, scale.cuda(), granularity, out)
+        assert_same([back], [reference.dequantize(want, scale, granularity, out)])
+    if granularity == "token":
+        values, scales = op.launch_token(x.cuda(), fp8)
+        assert_same([codes(values), scales], [codes(want), scale])
+
+
+def test_every_float32_step_near_every_fp8_boundary() -> None:
+    """Neighbours of all midpoints: a kernel that rounds any other way differs somewhere."""
+    values = torch.arange(0x7F, dtype=torch.int32).to(torch.uint8).view(FP8).float()
+    middle = ((values[:-1] + values[1:]) / 2).view(torch.int32)
+    near = (middle[:, None] + torch.arange(-3, 4, dtype=torch.int32)).view(torch.float32)
+    near = torch.cat((near, -near))
+    one = torch.ones(())
+    have = op.launch_static(near.cuda(), one.cuda(), "tensor", True)
+    assert_same([codes(have)], [codes(reference.quantize_static(near, one, "tensor", True))])
+
+
+def call(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    quantized = sn72kernels.quantize(x, granularity="token", dtype=FP8)
+    return (sn72kernels.dequantize(*quantized, granularity="token", dtype=torch.float16),)
+
+
+def test_graph_streams_and_torch_compile() -> None:
+    first, second = make(64, 768, torch.float16).cuda(), make(64, 768, torch.float16, 1).cuda()
+    assert_capturable(call, (first,), (second,))
+    assert_stream_safe(call, (first,), (second,))
+    assert_same(torch.compile(call, fullgraph=True)(first), call(first))
