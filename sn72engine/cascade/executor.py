@@ -154,6 +154,7 @@ class CpuExecutor:
         try:
             answer = self._ask(number, batch, request, counts)
         except Overrun:
+            log.warning("stage %s: time ran out for %d samples", self._names[number], len(batch))
             tally.late(batch)
             counts.late += len(batch)
             return
@@ -175,8 +176,6 @@ class CpuExecutor:
         """
         worker, stage, until = self._workers[number], self._stages[number], request.until
         begin = time.monotonic()
-        if begin >= until:
-            raise Overrun
         try:
             worker.acquire(until)
         finally:
@@ -186,7 +185,6 @@ class CpuExecutor:
             return worker.run(lambda: _score(stage, request.samples, batch.tolist()), until)
         except Overrun:
             counts.seconds += time.monotonic() - start
-            log.warning("stage %s: %d samples overran", self._names[number], len(batch))
             raise
 
     def _take_scores(self, number: int, answer: _Answer, tally: Tally) -> _Scored:
