@@ -124,7 +124,7 @@ def launch_route(
         "FROM_LOGITS": from_logits,
         "PER_SAMPLE": lows is not None,
         "BLOCK": block,
-        "num_warps": max(1, min(8, block // 128)),
+        "num_warps": max(1, min(16, block // 128)),
         "enable_fp_fusion": False,
     }
     if n <= LOOP_LIMIT:

@@ -11,6 +11,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +29,30 @@ if importlib.util.find_spec("triton") is not None:
             "Triton was imported before its interpreter could be switched on; "
             "run tests/cpu/kernels in a process of its own"
         )
+
+
+def _release(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2])
+
+
+def _ops() -> Path:
+    return Path(__file__).parents[3] / "sn72kernels" / "ops"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton 3.6 turns a loop bound into a number in a way that NumPy deprecates, 2.4 refuses."""
+    if importlib.util.find_spec("triton") is None or _release("triton") >= (3, 7):
+        return
+    if _release("numpy") >= (2, 4):
+        mark = pytest.mark.skip(reason="Triton 3.6 interprets loops only with NumPy before 2.4")
+    else:
+        mark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+    for item in items:
+        if item.path.parent.name == "kernels" and item.path.stem in INTERPRETED:
+            item.add_marker(mark)
+
+
+INTERPRETED = {f"test_{path.parent.name}" for path in _ops().glob("*/kernel.py")}
 
 
 @pytest.fixture(autouse=True)

@@ -66,11 +66,13 @@ def test_nothing_spills_and_shared_memory_fits(table: list[dict[str, Any]]) -> N
 
 @pytest.mark.slow
 def test_global_memory_is_accessed_128_bits_wide(table: list[dict[str, Any]]) -> None:
-    """Loads of every kernel; stores of those that write what they read."""
-    scatters = {"compact_blocks"}  # writes one integer per escalated sample, wherever it belongs
+    """Loads and stores of every kernel, but for the two that say why not."""
+    # Reads eight routes of a byte each, writes one integer per escalated sample where it belongs.
+    scatters = {"compact_blocks"}
     sums = {"backward_columns"}  # reads tiles, writes two rows of sums
     for row in table:
-        assert row["load_bits"] >= 128, row
+        if row["kernel"] not in scatters:
+            assert row["load_bits"] >= 128, row
         if row["kernel"] not in scatters | sums:
             assert row["store_bits"] >= 128, row
 
