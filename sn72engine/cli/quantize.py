@@ -61,7 +61,7 @@ def execute(options: argparse.Namespace) -> Outcome:
     rows: list[tuple[str, object]] = [
         ("file", f"{quantized.path} ({megabytes(sizes[0])} -> {megabytes(sizes[1])})"),
         ("method", f"{record['method']}, {record['samples']} samples"),
-        ("layers", f"{record['layers_quantized']} of {record['layers_asked']} quantised"),
+        ("layers", f"{record['quantised']} of {record['asked']} quantised"),
     ]
     record.pop("ranges", None)
     return Outcome({"path": str(quantized.path), "quantization": record}, table(rows))

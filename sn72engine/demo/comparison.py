@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,11 +30,23 @@ _ROUNDS = 25
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Samples, their class indices (None: ask the teacher), and what the labels are."""
+    """Labelled samples.
+
+    Attributes:
+        images: sources as :func:`sn72engine.decode.decode` takes them.
+        labels: int64 class indices, one per image.
+        meaning: where the labels are from, in words.
+        synonyms: class -> class that it counts as; classes not in it count as themselves.
+    """
 
     images: Sequence[Any]
-    labels: NDArray[np.int64] | None
+    labels: NDArray[np.int64]
     meaning: str
+    synonyms: Mapping[int, int]
+
+    def merged(self, classes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Classes with synonyms replaced."""
+        return np.array([self.synonyms.get(int(c), int(c)) for c in classes], np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +66,6 @@ class Comparison:
 
 def compare(
     sessions: Mapping[str, Session],
-    teacher: Session,
     evaluation: Evaluation,
     folder: Path,
     runtime: RuntimeOptions,
@@ -62,14 +74,11 @@ def compare(
 
     Args:
         sessions: stage name to engine, cheapest first.
-        teacher: gives the labels where ``evaluation`` has none.
         evaluation: samples; the first half chooses, the second half measures.
         folder: receives cascade.yaml.
         runtime: how engines are run.
     """
     labels = evaluation.labels
-    if labels is None:
-        labels = np.asarray(teacher.infer_images(evaluation.images)).argmax(axis=1)
     half = len(labels) // 2
     choosing, measuring = evaluation.images[:half], evaluation.images[half:]
 
@@ -87,14 +96,16 @@ def compare(
         labels[:half],
         table.seconds,
         ThresholdOptions(task="top1"),
-        stage_labels=list(table.labels),
+        stage_labels=[evaluation.merged(classes) for classes in table.labels],
     )
     tuned = with_choice(full, choice)
     atomic.write_text(folder / "cascade.yaml", tuned.to_yaml(folder))
 
     specs = {"cascade": tuned}
     specs |= {stage.name: CascadeSpec((stage,)) for stage in full.stages}
-    figures = measure(specs, measuring, labels[half:], runtime)
+    figures = measure(
+        specs, dataclasses.replace(evaluation, images=measuring, labels=labels[half:]), runtime
+    )
     return Comparison(
         tuned,
         choice,
@@ -109,15 +120,13 @@ def compare(
 
 
 def measure(
-    specs: Mapping[str, CascadeSpec],
-    images: Sequence[Any],
-    labels: NDArray[np.int64],
-    runtime: RuntimeOptions,
+    specs: Mapping[str, CascadeSpec], evaluation: Evaluation, runtime: RuntimeOptions
 ) -> dict[str, Any]:
     """Accuracy and interleaved throughput of several cascades on the same images.
 
     A stage alone runs as a cascade of one stage, so that all pay for the same preprocessing.
     """
+    images = evaluation.images
     cascades = {name: Cascade(spec, runtime=runtime) for name, spec in specs.items()}
     try:
         results = {name: cascade(images) for name, cascade in cascades.items()}
@@ -136,7 +145,7 @@ def measure(
         "batch": _BATCH,
         "systems": {
             name: {
-                "accuracy": accuracy(results[name], labels),
+                "accuracy": accuracy(results[name], evaluation),
                 "ms_per_image": times[name].mean / _BATCH,
                 "images_per_second": 1e3 * _BATCH / times[name].mean,
             }
@@ -164,6 +173,7 @@ class Turns:
         return self._cascade(chunk)
 
 
-def accuracy(results: Sequence[Result], labels: NDArray[np.int64]) -> float:
-    """Share of results with the right label."""
-    return float(np.mean([r.label == label for r, label in zip(results, labels, strict=True)]))
+def accuracy(results: Sequence[Result], evaluation: Evaluation) -> float:
+    """Share of results with the right class."""
+    given = evaluation.merged(np.array([result.label for result in results], np.int64))
+    return float(np.mean(given == evaluation.labels))
