@@ -42,6 +42,10 @@ class SceneModel(nn.Module):
         """Logits of shape (batch, 1) for features of shape (batch, 144, dim)."""
         raise NotImplementedError
 
+    def settled(self) -> list[nn.Module]:
+        """What no longer learns once all of the model takes part."""
+        return []
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Logits of shape (batch, 1) for images of shape (batch, 3, 96, 96)."""
         return self.classify(self.features(pixel_values))
@@ -148,6 +152,10 @@ class SmallVit(SceneModel):
         tokens = self.stem(pixel_values).flatten(2).transpose(1, 2) + self.position
         normalised: Tensor = self.norm(self.blocks(tokens) if joint else tokens)
         return normalised
+
+    def settled(self) -> list[nn.Module]:
+        """The stem."""
+        return [self.stem]
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits of shape (batch, 1) for features of shape (batch, 144, dim)."""
