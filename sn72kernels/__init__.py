@@ -14,24 +14,29 @@ if TYPE_CHECKING:
     from sn72kernels.ops.ensemble_vote.op import ensemble_vote
     from sn72kernels.ops.layernorm_gelu.op import layernorm_gelu
     from sn72kernels.ops.quantize.op import dequantize, quantize
+    from sn72kernels.ops.quantize_blocks.op import dequantize_blocks, quantize_blocks
 
 # Public op -> folder under sn72kernels.ops that defines it.
 OPS: dict[str, str] = {
     "cascade_route": "cascade_route",
     "dequantize": "quantize",
+    "dequantize_blocks": "quantize_blocks",
     "ensemble_vote": "ensemble_vote",
     "layernorm_gelu": "layernorm_gelu",
     "quantize": "quantize",
+    "quantize_blocks": "quantize_blocks",
 }
 
 __all__ = [
     "OPS",
     "cascade_route",
     "dequantize",
+    "dequantize_blocks",
     "ensemble_vote",
     "explain",
     "layernorm_gelu",
     "quantize",
+    "quantize_blocks",
 ]
 
 

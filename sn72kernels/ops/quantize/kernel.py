@@ -1,46 +1,32 @@
 # mypy: ignore-errors
-"""Triton kernels of int8 and fp8 e4m3 quantisation.
-
-fp8 is encoded and decoded with integer arithmetic: the same bits on every architecture, also on
-those without fp8 instructions. Divisions round to nearest.
-"""
+"""Triton kernels of int8 and fp8 e4m3 quantisation. Divisions round to nearest."""
 
 import triton
 import triton.language as tl
+
+from sn72kernels.ops import fp8_kernel
 
 
 @triton.jit
 def _encode(value, FP8: tl.constexpr):
     """Codes of ``value``, a float32 block, as unsigned bytes."""
-    finite = tl.where(value == value, value, 0.0)
     if FP8:
-        size = tl.minimum(tl.abs(finite), 448.0)
-        bits = size.to(tl.uint32, bitcast=True)
-        # Keep 3 of 23 mantissa bits, half to even; rebias the exponent from 127 to 7.
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-        # Below 2^-6 codes are multiples of 2^-9; adding 1.5 * 2^23 rounds half to even.
-        tiny = ((size * 512.0 + 12582912.0) - 12582912.0).to(tl.uint32)
-        code = tl.where(size < 0.015625, tiny, normal)
-        sign = (finite.to(tl.uint32, bitcast=True) >> 31) << 7
-        return tl.where(value == value, code | sign, 0x7F).to(tl.uint8)
-    near = tl.minimum(tl.maximum(finite, -128.0), 127.0)
-    return ((near + 12582912.0) - 12582912.0).to(tl.int32).to(tl.uint8)
+        code = fp8_kernel.encode(value)
+    else:
+        near = tl.where(value == value, value, 0.0)
+        near = tl.minimum(tl.maximum(near, -128.0), 127.0)
+        code = ((near + 12582912.0) - 12582912.0).to(tl.int32).to(tl.uint8)
+    return code
 
 
 @triton.jit
 def _decode(code, FP8: tl.constexpr):
     """The float32 value of unsigned byte codes."""
     if FP8:
-        bits = code.to(tl.uint32)
-        exponent = (bits >> 3) & 15
-        mantissa = bits & 7
-        normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
-        size = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.001953125, normal)
-        size = tl.where((bits & 0x7F) == 0x7F, float("nan"), size)
-        # Triton negates by subtracting from zero, which would lose the sign of a zero.
-        signed = size.to(tl.uint32, bitcast=True) | ((bits >> 7) << 31)
-        return signed.to(tl.float32, bitcast=True)
-    return code.to(tl.int8, bitcast=True).to(tl.float32)
+        value = fp8_kernel.decode(code)
+    else:
+        value = code.to(tl.int8, bitcast=True).to(tl.float32)
+    return value
 
 
 @triton.jit

@@ -52,6 +52,7 @@ sn72kernels.cascade_route(vote, 0.1, 0.9, buckets=(8,))
 assert "triton" not in sys.modules
 q = sn72kernels.quantize(x, granularity="token", dtype=torch.float8_e4m3fn)
 sn72kernels.dequantize(*q, granularity="token")
+sn72kernels.dequantize_blocks(*sn72kernels.quantize_blocks(torch.randn(2, 32)))
 for op, args in {"layernorm_gelu": [x], "cascade_route": [vote], "ensemble_vote": [[vote]]}.items():
     assert sn72kernels.explain(op, *args).implementation == "reference"
 """
