@@ -384,7 +384,10 @@ class VerifyOptions(Options):
     """What an engine must show before it may replace another.
 
     Args:
-        min_cosine: smallest cosine similarity of any sample's output with the reference's.
+        min_cosine: smallest mean over the samples of the cosine similarity between an output and
+            the reference's.
+        min_worst_cosine: the same for the one sample that differs most; None does not check. A
+            few outliers are usual for INT8, and what matters of them is the answer.
         max_abs_error: largest difference of any output element; None does not check.
         min_agreement: share of samples on which both give the same class.
         max_top1_drop: accuracy the engine may lose against the reference, in percentage
@@ -396,6 +399,7 @@ class VerifyOptions(Options):
     """
 
     min_cosine: float = 0.98
+    min_worst_cosine: float | None = None
     max_abs_error: float | None = None
     min_agreement: float = 0.95
     max_top1_drop: float = 0.5
@@ -405,6 +409,8 @@ class VerifyOptions(Options):
 
     def __post_init__(self) -> None:
         check_number("min_cosine", self.min_cosine, -1.0, 1.0)
+        if self.min_worst_cosine is not None:
+            check_number("min_worst_cosine", self.min_worst_cosine, -1.0, 1.0)
         if self.max_abs_error is not None:
             check_number("max_abs_error", self.max_abs_error, 0.0)
         check_number("min_agreement", self.min_agreement, 0.0, 1.0)

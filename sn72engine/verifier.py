@@ -296,20 +296,21 @@ def _output_failures(outputs: tuple[OutputReport, ...], options: VerifyOptions) 
     failures = []
     for output in outputs:
         # Written so that NaN breaks the bounds too.
-        if not output.cosine_min >= options.min_cosine:
-            where = (
-                "all samples" if output.worst_sample is None else f"sample {output.worst_sample}"
-            )
-            failures.append(
-                f"output {output.name!r}: cosine {output.cosine_min:.5f} over {where}, "
-                f"{options.min_cosine - output.cosine_min:.5f} below the bound "
-                f"{options.min_cosine:g}"
-            )
-        bound = options.max_abs_error
-        if bound is not None and not output.max_abs_error <= bound:
+        where = "the data set" if output.worst_sample is None else f"sample {output.worst_sample}"
+        checks = [("mean cosine", output.cosine_mean, options.min_cosine)]
+        if options.min_worst_cosine is not None:
+            checks.append((f"cosine of {where}", output.cosine_min, options.min_worst_cosine))
+        failures += [
+            f"output {output.name!r}: {what} {value:.5f}, {bound - value:.5f} below the bound "
+            f"{bound:g}"
+            for what, value, bound in checks
+            if not value >= bound
+        ]
+        largest = options.max_abs_error
+        if largest is not None and not output.max_abs_error <= largest:
             failures.append(
                 f"output {output.name!r}: largest error {output.max_abs_error:.4g}, "
-                f"{output.max_abs_error - bound:.4g} above the bound {bound:g}"
+                f"{output.max_abs_error - largest:.4g} above the bound {largest:g}"
             )
     return failures
 

@@ -95,7 +95,7 @@ def compare(
         list(table.probabilities),
         labels[:half],
         table.seconds,
-        ThresholdOptions(task="top1"),
+        ThresholdOptions(task="top1", reference="last", tolerance=0.0),
         stage_labels=[evaluation.merged(classes) for classes in table.labels],
     )
     tuned = with_choice(full, choice)

@@ -38,11 +38,15 @@ def write(
     )
     report.heading("What the cascade answered")
     report.paragraph(
-        "Each photograph goes to Lite0 first. When Lite0 is sure enough its answer stands; "
-        "otherwise Lite2 is asked. The percentage is the answering model's confidence."
+        "Each photograph goes to Lite0 first. When its confidence is above the threshold its "
+        "answer stands; otherwise Lite2 is asked. The percentage is the answering model's "
+        "confidence in its class."
     )
     report.cards(
-        [card(folder, picture, result) for picture, result in zip(pictures, results, strict=True)]
+        [
+            card(folder, picture, result, comparison.names[0])
+            for picture, result in zip(pictures, results, strict=True)
+        ]
     )
 
     report.heading("Accuracy against time")
@@ -68,11 +72,12 @@ def write(
     report.paragraph(
         "Answered by: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) + "."
     )
+    report.paragraph(comparison.choice.statement)
     report.picture(pareto, "accuracy against expected time per image for every threshold")
 
     report.heading("INT8 against FP32")
     report.table(
-        ("model", "worst cosine", "agreement", "top-1 FP32 → INT8", "speed-up", "gate"),
+        ("model", "mean cosine", "agreement", "exact top-1 FP32 → INT8", "speed-up", "gate"),
         [verification_row(name, entry) for name, entry in figures["verification"].items()],
     )
     report.picture(bars, "latency of each engine in milliseconds")
@@ -94,23 +99,19 @@ def write(
     return page
 
 
-def card(folder: Path, picture: Path, result: Result) -> Card:
-    """One photograph with the cascade's answer below it."""
+def card(folder: Path, picture: Path, result: Result, first: str) -> Card:
+    """One photograph with the cascade's answer below it; ``first`` names the first stage."""
     thumbnail = folder / "photographs" / f"{picture.stem}.jpg"
     image = Image.open(picture).convert("RGB")
     image.thumbnail((480, 480))
     with atomic.replacing(thumbnail) as scratch:
         image.save(scratch, format="JPEG", quality=85)
-    sure = result.status is Status.DONE
-    return Card(
-        thumbnail,
-        class_names()[result.label],
-        (
-            f"{result.probability:.0%} by {result.stage}",
-            "sure" if sure else f"{result.status.value}: best answer so far",
-        ),
-        good=True if sure else None,
-    )
+    done = result.status is Status.DONE
+    escalated = "" if result.stage == first else ", escalated"
+    lines = [f"{result.probability:.0%} by {result.stage}{escalated}"]
+    if not done:
+        lines.append(f"{result.status.value}: best answer so far")
+    return Card(thumbnail, class_names()[result.label], tuple(lines), good=done or None)
 
 
 def verification_row(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -118,7 +119,7 @@ def verification_row(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
     gate = "passed" if entry["passed"] else "refused: " + "; ".join(entry["failures"])
     return (
         name,
-        f"{entry['outputs'][0]['cosine_min']:.4f}",
+        f"{entry['outputs'][0]['cosine_mean']:.4f}",
         f"{entry['agreement']:.1%}",
         f"{entry['reference_top1']:.1%} → {entry['candidate_top1']:.1%}",
         f"{entry['speed'][0]['speedup']:.2f}×",

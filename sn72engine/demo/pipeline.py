@@ -206,7 +206,7 @@ def verify_int8(int8: Session, fp32: Session, evaluation: Evaluation) -> VerifyR
         fp32,
         batches(evaluation.images, int8.preprocess, CalibrationOptions(limit=None)),
         labels=evaluation.labels,
-        options=VerifyOptions(min_cosine=0.9, repeats=40),
+        options=VerifyOptions(min_cosine=0.95, repeats=40),
     )
 
 

@@ -140,15 +140,17 @@ def test_int8_engine_with_wrong_scales_is_refused(engine: Callable[..., Session]
         reference,
         batches(),
         labels=labels,
-        options=VerifyOptions(min_speedup=None, max_abs_error=0.5),
+        options=VerifyOptions(min_speedup=None, min_worst_cosine=0.5, max_abs_error=0.5),
     )
     assert not report.passed
     with pytest.raises(VerificationError) as caught:
         report.check()
     text = str(caught.value)
     for figure in (
-        f"cosine {report.outputs[0].cosine_min:.5f} over sample {report.outputs[0].worst_sample}",
+        f"mean cosine {report.outputs[0].cosine_mean:.5f}",
         "below the bound 0.98",
+        f"cosine of sample {report.outputs[0].worst_sample} {report.outputs[0].cosine_min:.5f}",
+        "below the bound 0.5",
         f"largest error {report.outputs[0].max_abs_error:.4g}",
         "above the bound 0.5",
         f"agreement {report.classes.agreement:.2%} (arg max)",
@@ -157,7 +159,7 @@ def test_int8_engine_with_wrong_scales_is_refused(engine: Callable[..., Session]
         "more than the bound 0.5",
     ):
         assert figure in text
-    assert len(report.failures) == 4
+    assert len(report.failures) == 5
 
 
 def test_engine_slower_than_its_reference_is_refused(engine: Callable[..., Session]) -> None:
@@ -316,13 +318,19 @@ def test_bounds_are_kept_when_met_exactly() -> None:
     got = wanted.copy()
     got[0] = got[0][::-1]  # 0.5 points of top-1 lost, 99.5% agreement
     options = dataclasses.replace(
-        ACCURACY, min_cosine=0.0, min_agreement=0.995, max_top1_drop=0.5, max_abs_error=1.0
+        ACCURACY,
+        min_cosine=0.995,
+        min_worst_cosine=0.0,
+        min_agreement=0.995,
+        max_top1_drop=0.5,
+        max_abs_error=1.0,
     )
     report = report_of(got, wanted, labels=np.zeros(200, int), options=options)
     assert report.passed, report.failures
     assert report.classes.candidate_top1 == 0.995
     for change in (
-        {"min_cosine": 1e-6},
+        {"min_cosine": 0.9951},
+        {"min_worst_cosine": 1e-6},
         {"min_agreement": 0.996},
         {"max_top1_drop": 0.49},
         {"max_abs_error": 0.99},
