@@ -22,11 +22,7 @@ def _encode(value, FP8: tl.constexpr):
 @triton.jit
 def _decode(code, FP8: tl.constexpr):
     """The float32 value of unsigned byte codes."""
-    if FP8:
-        value = fp8_kernel.decode(code)
-    else:
-        value = code.to(tl.int8, bitcast=True).to(tl.float32)
-    return value
+    return fp8_kernel.decode(code) if FP8 else code.to(tl.int8, bitcast=True).to(tl.float32)
 
 
 @triton.jit

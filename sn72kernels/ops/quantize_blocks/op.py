@@ -69,12 +69,14 @@ def quantize_blocks(
     if format == "mxfp8":
         if global_scale is not None:
             raise ArgumentError("global_scale is given, but mxfp8 has none; leave it out")
-        return BlockQuantized(*_quantize_mxfp8(x), None)
+        values, scale = _quantize_mxfp8(x)
+        return BlockQuantized(values, scale, None)
     if global_scale is None:
         global_scale = reference.global_scale_of(x)
     check_tensor("global_scale", global_scale, shape=(), dtype=torch.float32, device=x.device)
     global_scale = global_scale.detach()
-    return BlockQuantized(*_quantize_nvfp4(x, global_scale), global_scale)
+    values, scale = _quantize_nvfp4(x, global_scale)
+    return BlockQuantized(values, scale, global_scale)
 
 
 def dequantize_blocks(

@@ -48,7 +48,7 @@ def quantize_nvfp4(
     Returns:
         uint8 (..., N/2); float8_e4m3fn (..., N/16).
     """
-    blocks = x.float().unflatten(-1, (-1, NVFP4_BLOCK))
+    blocks = _in_blocks(x.float(), NVFP4_BLOCK)
     wanted = _finite_size(blocks).amax(-1) / (global_scale * E2M1_MAX)
     scale = wanted.clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
     value = blocks / (scale.float() * global_scale).unsqueeze(-1)
@@ -65,7 +65,7 @@ def quantize_mxfp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         float8_e4m3fn (..., N); float8_e8m0fnu (..., N/32).
     """
-    blocks = x.float().unflatten(-1, (-1, MXFP8_BLOCK))
+    blocks = _in_blocks(x.float(), MXFP8_BLOCK)
     bits = _finite_size(blocks).amax(-1).view(torch.int32)
     # Exponent of the largest magnitude over 448 = 1.75 * 2^8, rounded up.
     exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000)
@@ -92,7 +92,7 @@ def dequantize_nvfp4(
     """
     codes = torch.stack((values & 15, values >> 4), -1).flatten(-2).int()
     table = torch.tensor([*_E2M1, *(-v for v in _E2M1)], device=values.device)
-    blocks = table[codes].unflatten(-1, (-1, NVFP4_BLOCK))
+    blocks = _in_blocks(table[codes], NVFP4_BLOCK)
     factor = (scale.float() * global_scale).unsqueeze(-1)
     return (blocks * factor).flatten(-2).to(dtype)
 
@@ -105,8 +105,12 @@ def dequantize_mxfp8(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dty
         scale: float8_e8m0fnu (..., N/32).
         dtype: of the result, shape (..., N).
     """
-    blocks = values.float().unflatten(-1, (-1, MXFP8_BLOCK))
+    blocks = _in_blocks(values.float(), MXFP8_BLOCK)
     return (blocks * _decode_e8m0(scale).unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def _in_blocks(x: torch.Tensor, size: int) -> torch.Tensor:
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
 
 
 def _finite_size(x: torch.Tensor) -> torch.Tensor:
