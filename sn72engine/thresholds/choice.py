@@ -89,7 +89,8 @@ class ThresholdChoice:
         decision_threshold: above it the last stage's label is 1.
         figures: of the cascade.
         singles: of each given stage alone, with its best allowed decision threshold.
-        target: value that was to be reached, in the objective's units.
+        target: value that was to be reached, in the objective's units; a relative one from the
+            reference's held-out value.
         target_met: whether the held-out value reaches it; the value is an estimate.
         certified: whether the true value reaches it with ``options.confidence``; trivially so
             where the choice is the reference itself.
@@ -269,8 +270,8 @@ def choose(
 class _Judge:
     """Tests eligible cascades on the held-out half against the target.
 
-    A relative target on accuracy compares with the reference on the same samples; any other is
-    a number.
+    Estimates are held against a relative target on the same samples. So is a certificate of
+    accuracy; one of MCC or reward is of a number: the target on the first half.
     """
 
     def __init__(
@@ -289,7 +290,7 @@ class _Judge:
         self._sequence = _thinned(eligible[::-1])
         self.goal = _objective(samples, options, options.objective)
         self.held_out_target = target
-        if self._paired:
+        if self._relative:
             self.held_out_target = self._value(reference) - options.tolerance
         self.claim = -options.tolerance if self._paired else target
 
@@ -405,10 +406,15 @@ def _dropped(
         reaching = [c for c in with_it if c.value >= min(target, chosen.value) - _SAME]
         if reaching:
             cheapest = min(reaching, key=lambda c: c.cost)
-            reason += (
-                f"the cheapest cascade with it that is good enough costs "
-                f"{_milliseconds(cheapest.cost)}, the chosen one {_milliseconds(chosen.cost)}"
-            )
+            if cheapest.cost < chosen.cost:
+                reason += (
+                    "cascades with it are good enough only on the half that they were fitted on"
+                )
+            else:
+                reason += (
+                    f"the cheapest cascade with it that is good enough costs "
+                    f"{_milliseconds(cheapest.cost)}, the chosen one {_milliseconds(chosen.cost)}"
+                )
         else:
             reason += "no cascade with it is as good as the chosen one"
         result.append(Dropped(stage, reason))
