@@ -93,7 +93,8 @@ def _mark(axes: Any, title: str, cost: float, value: float) -> None:
         title,
         (cost, value),
         textcoords="offset points",
-        xytext=(7, -11),
+        xytext=(0, -16),
+        ha="center",
         fontsize=8,
         color=_INK,
     )
