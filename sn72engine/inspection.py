@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         count = 1
         for dim in tensor.dims:
             count *= dim
-        bits = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
-        if "4" in dtype and not dtype.endswith("64"):
-            bits = 4  # two to a byte, which NumPy cannot say
+        # The name says the width where NumPy cannot: two int4 or float4 share a byte.
+        width = re.search(r"\d+", dtype)
+        bits = int(width.group()) if width else 8
         entry["tensors"] += 1
         entry["bytes"] += count * bits // 8
     files = (model.path, *model.external_files())

@@ -8,7 +8,7 @@ from pathlib import Path
 from sn72engine.cli.outcome import (
     Outcome,
     key_values,
-    load_object,
+    make_module,
     megabytes,
     preprocess_argument,
     table,
@@ -58,7 +58,7 @@ def execute(options: argparse.Namespace) -> Outcome:
 
     from sn72engine.exporter import export
 
-    module = load_object(options.factory)(**key_values(options.arg))
+    module = make_module(options.factory, key_values(options.arg))
     if options.half:
         module = module.half()
     dtype = torch.float16 if options.half else torch.float32

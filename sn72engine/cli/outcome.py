@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sn72engine.errors import InputError, OptionError
 from sn72engine.spec import Preprocess, ShapeRange
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +94,38 @@ def load_object(reference: str) -> Any:
         raise OptionError(f"{reference}: {module_name} has no {attribute!r}") from None
 
 
+def make_module(reference: str, arguments: Mapping[str, Any]) -> torch.nn.Module:
+    """Call the factory that ``reference`` names.
+
+    Raises:
+        OptionError: there is none, it does not take these arguments, or it gives something else
+            than a module.
+        InputError: its file does not exist.
+    """
+    import torch
+
+    factory = load_object(reference)
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{reference} cannot be called with these --arg: {error}") from None
+    module = factory(**arguments)
+    if not isinstance(module, torch.nn.Module):
+        raise OptionError(f"{reference} returns a {type(module).__name__}, not a torch.nn.Module")
+    return module
+
+
 def module_from_file(path: Path) -> Any:
     """Import a Python file that is not on the module path."""
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"sn72engine_{path.stem}"  # prefixed, so that a file cannot hide a package
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise InputError(f"{path}: no such Python file")
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses, for one, look up the module of a class while it is made.
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
