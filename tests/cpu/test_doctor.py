@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,10 @@ def test_it_runs_as_a_plain_file_beside_a_broken_package(tmp_path: Path) -> None
     broken = tmp_path / "onnx"
     broken.mkdir()
     (broken / "__init__.py").write_text("import os; os._exit(9)")
+    # An interpreter with nothing installed: an editable installation would be found first.
+    venv.create(tmp_path / "venv", symlinks=True)
     done = subprocess.run(
-        [sys.executable, str(package / "doctor.py"), "--json"],
+        [str(tmp_path / "venv" / "bin" / "python"), str(package / "doctor.py"), "--json"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
@@ -52,6 +55,7 @@ def test_it_runs_as_a_plain_file_beside_a_broken_package(tmp_path: Path) -> None
     assert statuses["onnx"] == "broken"
     assert any("sn72engine" in problem for problem in report["problems"])
     assert any("exit code 9" in problem for problem in report["problems"])
+    assert any("numpy is missing" in problem for problem in report["problems"])
 
 
 def test_an_absent_optional_package_is_no_problem() -> None:
