@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sn72kernels.library import Choice
     from sn72kernels.ops.cascade_route.op import cascade_route
+    from sn72kernels.ops.classifier_head.op import classifier_head
     from sn72kernels.ops.ensemble_vote.op import ensemble_vote
     from sn72kernels.ops.layernorm_gelu.op import layernorm_gelu
     from sn72kernels.ops.quantize.op import dequantize, quantize
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # Public op -> folder under sn72kernels.ops that defines it.
 OPS: dict[str, str] = {
     "cascade_route": "cascade_route",
+    "classifier_head": "classifier_head",
     "dequantize": "quantize",
     "dequantize_blocks": "quantize_blocks",
     "ensemble_vote": "ensemble_vote",
@@ -30,6 +32,7 @@ OPS: dict[str, str] = {
 __all__ = [
     "OPS",
     "cascade_route",
+    "classifier_head",
     "dequantize",
     "dequantize_blocks",
     "ensemble_vote",

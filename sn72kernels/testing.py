@@ -368,9 +368,15 @@ def _usage(cubin: bytes) -> tuple[int, int, int]:
 
 
 def _widest(ptx: str, direction: str) -> int:
-    """Bits of the widest ``ld.global`` or ``st.global``; 0 where there is none."""
+    """Bits of the widest ``ld.global`` or ``st.global``; 0 where there is none.
+
+    A copy from global to shared memory (``cp.async``) counts as a load.
+    """
     pattern = rf"\b{direction}\.global[.\w:]*?(?:\.v(\d))?\.[bufs](\d+)\b"
     widths = [int(n or 1) * int(bits) for n, bits in re.findall(pattern, ptx)]
+    if direction == "ld":
+        copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\],\s*(0x[0-9a-f]+|\d+)", ptx)
+        widths += [8 * int(size, 0) for size in copies]
     return max(widths, default=0)
 
 

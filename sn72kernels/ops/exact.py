@@ -1,4 +1,4 @@
-"""Arithmetic that gives the same bits on every device: PyTorch side.
+"""Arithmetic that gives the same bits on every device: the sigmoid and the route. PyTorch side.
 
 A route is decided by comparing a probability with a threshold, so a sigmoid that differs in its
 last bit between CPU and GPU would send one image two ways. The sigmoid here is made only of
@@ -21,6 +21,27 @@ LN2_LOW = -2.12194440e-4
 ROUND = 12582912.0
 # exp(-r) for |r| <= ln(2) / 2: Taylor to degree 7, whose rest is below 6e-9.
 COEFFICIENTS = (-1.0 / 5040, 1.0 / 720, -1.0 / 120, 1.0 / 24, -1.0 / 6, 0.5, -1.0, 1.0)
+
+
+NEGATIVE, POSITIVE, ESCALATE = 0, 1, 2
+
+
+def route(p: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Routes of probabilities: 0 below ``low``, 1 above ``high``, 2 for everything else.
+
+    Args:
+        p: any shape, float32.
+        low: float32, broadcast to ``p``.
+        high: likewise.
+
+    Returns:
+        uint8, shape of ``p``.
+    """
+    # Every comparison with a NaN is false, so whatever is not sane escalates.
+    sane = (p >= 0) & (p <= 1) & (low <= high)
+    routes = torch.full_like(p, ESCALATE, dtype=torch.uint8)
+    routes.masked_fill_(sane & (p > high), POSITIVE)
+    return routes.masked_fill_(sane & (p < low), NEGATIVE)
 
 
 def sigmoid(logits: torch.Tensor) -> torch.Tensor:

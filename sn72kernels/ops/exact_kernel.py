@@ -28,3 +28,11 @@ def sigmoid(logits):
     small = power * exponent.to(tl.float32, bitcast=True)
     p = tl.div_rn(tl.where(logits >= 0.0, 1.0, small), small + 1.0)
     return tl.where(finite, p, float("nan"))
+
+
+@triton.jit
+def route(p, low, high):
+    """The comparisons of ``exact.route`` on a float32 block."""
+    # Every comparison with a NaN is false, so whatever is not sane escalates.
+    sane = (p >= 0.0) & (p <= 1.0) & (low <= high)
+    return tl.where(sane & (p < low), 0, tl.where(sane & (p > high), 1, 2))

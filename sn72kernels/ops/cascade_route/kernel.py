@@ -24,10 +24,7 @@ def _decide(
     if PER_SAMPLE:
         low = tl.load(lows + at.to(tl.int64) * low_stride, inside, other=0.0)
         high = tl.load(highs + at.to(tl.int64) * high_stride, inside, other=0.0)
-    # Every comparison with a NaN is false, so whatever is not sane escalates.
-    sane = (p >= 0.0) & (p <= 1.0) & (low <= high)
-    route = tl.where(sane & (p < low), 0, tl.where(sane & (p > high), 1, 2))
-    return p, tl.where(inside, route, 3)
+    return p, tl.where(inside, exact_kernel.route(p, low, high), 3)
 
 
 @triton.jit

@@ -80,7 +80,7 @@ def cascade_route(
     """
     check_tensor("scores", scores, shape=(None,), dtype=DTYPES)
     sizes = _check_buckets(buckets, scores.shape[0])
-    lows, highs, bottom, top = _thresholds(scores, low, high)
+    lows, highs, bottom, top = thresholds(scores, low, high)
     return Routing(*_route(scores.detach(), lows, highs, bottom, top, from_logits, sizes))
 
 
@@ -191,10 +191,19 @@ _route = library.register(ROUTE)
 # --- checks --------------------------------------------------------------------------------
 
 
-def _thresholds(
+def thresholds(
     scores: torch.Tensor, low: float | torch.Tensor, high: float | torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, float, float]:
-    """Both thresholds as tensors where one is a tensor, else both as numbers."""
+    """Both thresholds as tensors of shape (n,) where one is a tensor, else both as numbers.
+
+    Args:
+        scores: shape (n,); gives shape and device.
+        low: a number, or a float32 tensor of shape (n,) or ().
+        high: likewise.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: a tensor does not fit ``scores``.
+    """
     if not isinstance(low, torch.Tensor) and not isinstance(high, torch.Tensor):
         return None, None, float(low), float(high)
     return _per_sample("low", low, scores), _per_sample("high", high, scores), 0.0, 0.0

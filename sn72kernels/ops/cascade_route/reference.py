@@ -8,8 +8,6 @@ import torch
 
 from sn72kernels.ops import exact
 
-NEGATIVE, POSITIVE, ESCALATE = 0, 1, 2
-
 
 def route(
     scores: torch.Tensor,
@@ -38,13 +36,10 @@ def route(
     p = exact.sigmoid(scores) if from_logits else scores.float().clone()
     bottom = torch.full((), low, device=p.device) if lows is None else lows
     top = torch.full((), high, device=p.device) if highs is None else highs
-    # Every comparison with a NaN is false, so whatever is not sane escalates.
-    sane = (p >= 0) & (p <= 1) & (bottom <= top)
-    positive = sane & (p > top)
-    negative = sane & (p < bottom)
-    escalated = ~(positive | negative)
-    routes = torch.full_like(p, ESCALATE, dtype=torch.uint8)
-    routes.masked_fill_(positive, POSITIVE).masked_fill_(negative, NEGATIVE)
+    routes = exact.route(p, bottom, top)
+    negative, positive, escalated = (
+        routes == kind for kind in (exact.NEGATIVE, exact.POSITIVE, exact.ESCALATE)
+    )
     # Samples that leave are all written to one extra place, which is cut off: the shapes never
     # depend on the data, so the device is never waited for.
     n = p.shape[0]

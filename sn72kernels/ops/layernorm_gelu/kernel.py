@@ -9,22 +9,7 @@ float32, row offsets are int64.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _gelu(z, TANH: tl.constexpr):
-    if TANH:
-        # 0.5 * (1 + tanh(u)) is sigmoid(2u): one exponential, no cancellation, no tanh intrinsic.
-        return z / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
-    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-
-
-@triton.jit
-def _gelu_slope(z, TANH: tl.constexpr):
-    if TANH:
-        gate = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
-        return gate + z * gate * (1.0 - gate) * (1.5957691216057308 + 0.21406930706545478 * z * z)
-    density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
+from sn72kernels.ops.gelu_kernel import gelu, gelu_slope
 
 
 @triton.jit
@@ -74,7 +59,7 @@ def forward_tile(
         tl.store(stats + row, mean, row < rows)
         tl.store(stats + rows + row, rstd, row < rows)
     z = _affine(centred * rstd[:, None], weight, bias, col, col < cols, HAS_WEIGHT, HAS_BIAS)
-    tl.store(out + at, _gelu(z, TANH).to(out.dtype.element_ty), inside)
+    tl.store(out + at, gelu(z, TANH).to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -121,7 +106,7 @@ def forward_wide(
         )
         normal = (value.to(tl.float32) - mean) * rstd
         z = _affine(normal, weight, bias, col, inside, HAS_WEIGHT, HAS_BIAS)
-        tl.store(out + row * cols + col, _gelu(z, TANH).to(out.dtype.element_ty), inside)
+        tl.store(out + row * cols + col, gelu(z, TANH).to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -134,7 +119,7 @@ def _grad_affine(
     value = tl.load(total + total_at, inside, other=0.0).to(tl.float32)
     normal = (value - mean) * rstd
     z = _affine(normal, weight, bias, col, inside_col, HAS_WEIGHT, HAS_BIAS)
-    return normal, upstream * _gelu_slope(z, TANH)
+    return normal, upstream * gelu_slope(z, TANH)
 
 
 @triton.jit

@@ -26,6 +26,9 @@ NARROWER = {
     # A thread's 16 elements are 8 bytes of half-byte codes.
     "quantize_nvfp4": (128, 64),
     "dequantize_nvfp4": (64, 128),
+    # One number per row and block of hidden units; and one per row from a few dozen of these.
+    "hidden": (128, 32),
+    "finish": (64, 32),
 }
 
 
@@ -99,6 +102,9 @@ def test_width_is_read_from_ptx() -> None:
     assert testing._widest(ptx, "ld") == 128
     assert testing._widest(ptx, "st") == 16
     assert testing._widest("ret;", "ld") == 0
+    copy = "cp.async.cg.shared.global [ %r5 + 0 ], [ %rd4 + 0 ], 0x10, %r6;"
+    assert testing._widest(copy, "ld") == 128
+    assert testing._widest(copy, "st") == 0
 
 
 def test_record_sees_the_launch_of_the_assumed_device() -> None:

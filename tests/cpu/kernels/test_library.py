@@ -53,6 +53,7 @@ assert "triton" not in sys.modules
 q = sn72kernels.quantize(x, granularity="token", dtype=torch.float8_e4m3fn)
 sn72kernels.dequantize(*q, granularity="token")
 sn72kernels.dequantize_blocks(*sn72kernels.quantize_blocks(torch.randn(2, 32)))
+sn72kernels.classifier_head(x, x, None, torch.rand(3), None)
 for op, args in {"layernorm_gelu": [x], "cascade_route": [vote], "ensemble_vote": [[vote]]}.items():
     assert sn72kernels.explain(op, *args).implementation == "reference"
 """

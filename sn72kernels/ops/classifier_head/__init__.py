@@ -1,0 +1,1 @@
+"""Features to route: LayerNorm, two linear layers with GELU, sigmoid, thresholds."""
