@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sn72engine import atomic
 from sn72engine.engine import MANIFEST_FORMAT, Engine, EngineFile, Manifest
 from sn72engine.errors import EngineCorruptError, EngineMismatchError, StoreError
 from sn72engine.fingerprint import Fingerprint
 from sn72engine.model import file_sha256
+from sn72kernels import atomic
 
 MANIFEST_NAME = "manifest.json"
 

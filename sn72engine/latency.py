@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sn72engine import _deps, atomic
+from sn72engine import _deps
 from sn72engine.doctor import cpu_name
 from sn72engine.errors import InputError
 from sn72engine.progress import Progress
 from sn72engine.spec import BenchOptions, check_int
 from sn72engine.trial import random_inputs
+from sn72kernels import atomic
 
 if TYPE_CHECKING:
     from sn72engine.session import Session

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sn72engine import _deps, atomic
+from sn72engine import _deps
 from sn72engine.model import write_record
+from sn72kernels import atomic
 
 #: Weights above this many bytes go to a second file; protobuf holds less than 2 GiB.
 EXTERNAL_DATA_BYTES = 1_500_000_000

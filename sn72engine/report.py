@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sn72engine.atomic import write_text
+from sn72kernels.atomic import write_text
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6678; --line: #d9dee7; --bg: #ffffff;

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sn72engine import atomic, fingerprint
+from sn72engine import fingerprint
 from sn72engine.engine import Engine, Manifest
 from sn72engine.engine_folder import (
     describe,
@@ -44,7 +44,7 @@ from sn72engine.engine_folder import (
 from sn72engine.errors import EngineCorruptError, EngineMismatchError, OptionError, StoreError
 from sn72engine.fingerprint import Fingerprint, Mismatch
 from sn72engine.spec import check_int
-from sn72kernels import env
+from sn72kernels import atomic, env
 
 __all__ = ["MUTABLE_FIELDS", "Entry", "Nearest", "Store", "describe", "open_engine"]
 

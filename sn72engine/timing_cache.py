@@ -15,8 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sn72engine import atomic
-from sn72kernels import env
+from sn72kernels import atomic, env
 
 #: Seconds to wait for another process that is merging, which takes milliseconds.
 LOCK_TIMEOUT = 30.0

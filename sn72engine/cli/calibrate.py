@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sn72engine import atomic
 from sn72engine.cli.outcome import Outcome
 from sn72engine.cli.outcome import table as table_text
 from sn72engine.errors import OptionError
 from sn72engine.spec import RuntimeOptions
+from sn72kernels import atomic
 
 if TYPE_CHECKING:
     from sn72engine.thresholds import ThresholdChoice

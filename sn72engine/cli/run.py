@@ -10,10 +10,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from sn72engine import atomic
 from sn72engine.cli.outcome import Outcome, engine_folder
 from sn72engine.errors import InputError
 from sn72engine.spec import RuntimeOptions
+from sn72kernels import atomic
 
 SUMMARY = "run a cascade or an engine on images; one JSON line per image"
 EXAMPLES = """\

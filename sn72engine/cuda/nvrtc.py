@@ -10,9 +10,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from sn72engine import _deps, atomic
+from sn72engine import _deps
 from sn72engine.errors import CudaUnavailableError
-from sn72kernels import env
+from sn72kernels import atomic, env
 
 _PURPOSE = "compile the CUDA kernels"
 _MAIN = "sn72_kernels.cu"

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sn72engine import atomic
 from sn72engine.cascade import Cascade
 from sn72engine.cascade.result import Result
 from sn72engine.cascade.spec import CascadeSpec, StageSpec
@@ -22,6 +21,7 @@ from sn72engine.session import Session
 from sn72engine.spec import RuntimeOptions
 from sn72engine.stages.engine import EngineStage
 from sn72engine.thresholds import ThresholdChoice, ThresholdOptions, choose
+from sn72kernels import atomic
 
 #: Samples per timed call.
 _BATCH = 8

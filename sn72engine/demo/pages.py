@@ -8,11 +8,12 @@ from typing import Any
 
 from PIL import Image
 
-from sn72engine import _deps, atomic
+from sn72engine import _deps
 from sn72engine.cascade.result import Result, Status
 from sn72engine.demo.comparison import Comparison
 from sn72engine.demo.models import class_names
 from sn72engine.report import Card, Report
+from sn72kernels import atomic
 
 _INK = "#1c2330"
 _FILLS = {"fp32": "#b9c3d0", "int8": "#2f6db3"}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sn72engine import _deps, atomic
+from sn72engine import _deps
 from sn72engine.builder import build
 from sn72engine.calibration import batches
 from sn72engine.demo import pages
@@ -41,6 +41,7 @@ from sn72engine.spec import (
     VerifyOptions,
 )
 from sn72engine.verifier import VerifyReport, verify
+from sn72kernels import atomic
 
 if TYPE_CHECKING:
     from sn72engine.cascade.result import Result

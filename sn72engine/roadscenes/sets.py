@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sn72engine import atomic
 from sn72engine.errors import OptionError
 from sn72engine.progress import track
 from sn72engine.roadscenes.dice import Dice
 from sn72engine.roadscenes.scenes import Scene, SceneOptions, render
 from sn72engine.spec import check_choice, check_int, check_number
+from sn72kernels import atomic
 
 Difficulty = float | tuple[float, float]
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sn72engine import atomic
 from sn72engine.errors import OptionError
 from sn72engine.progress import Progress
 from sn72engine.roadscenes.sets import scenes
 from sn72engine.spec import Options, check_int, check_number
+from sn72kernels import atomic
 from sn72kernels.env import cache_dir
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sn72engine import _deps, atomic
+from sn72engine import _deps
 from sn72engine.errors import OptionError
+from sn72kernels import atomic
 
 if TYPE_CHECKING:
     from sn72engine.thresholds.choice import ThresholdChoice

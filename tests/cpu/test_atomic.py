@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sn72engine import atomic
+from sn72kernels import atomic
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
