@@ -7,7 +7,7 @@ your weights, a folder as ``save_pretrained`` writes it, and pictures like those
 
 Without weights, for sizes and build times; the answers then mean nothing::
 
-    python examples/build_dinov3.py --random-weights                 # ViT-L: many minutes, 24 GB
+    python examples/build_dinov3.py --random-weights                 # 10 to 20 minutes, 14 GB
     python examples/build_dinov3.py --random-weights --size small    # a minute or two
 """
 

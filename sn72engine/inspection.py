@@ -34,7 +34,7 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         width = re.search(r"\d+", dtype)
         bits = int(width.group()) if width else 8
         entry["tensors"] += 1
-        entry["bytes"] += count * bits // 8
+        entry["bytes"] += -(-count * bits // 8)
     files = (model.path, *model.external_files())
     return {
         "kind": "onnx",

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from sn72engine.cascade.spec import CascadeSpec
 from sn72engine.decode import decode
-from sn72engine.errors import CascadeError, OptionError
+from sn72engine.errors import CascadeError, InputError, OptionError
 from sn72engine.progress import Progress
+from sn72engine.spec import check_int
 from sn72engine.stages.base import Stage
 from sn72engine.thresholds import ThresholdChoice
 
@@ -58,7 +59,12 @@ def score_stages(
         CascadeError: a stage gave no usable score for an image; thresholds chosen without it
             would be wrong.
         ImageError: an image cannot be decoded.
+        InputError: there are no images.
+        OptionError: ``batch`` is not a positive integer.
     """
+    check_int("batch", batch, 1)
+    if not len(images):
+        raise InputError("there are no images to score; thresholds need labelled images")
     scores: dict[str, list[NDArray[Any]]] = {name: [] for name in stages}
     labels: dict[str, list[NDArray[Any]]] = {name: [] for name in stages}
     seconds: dict[str, list[float]] = {name: [] for name in stages}
