@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sn72kernels.ops.layernorm_gelu.op import layernorm_gelu
     from sn72kernels.ops.quantize.op import dequantize, quantize
     from sn72kernels.ops.quantize_blocks.op import dequantize_blocks, quantize_blocks
+    from sn72kernels.ops.rope.op import rope, rope_
 
 # Public op -> folder under sn72kernels.ops that defines it.
 OPS: dict[str, str] = {
@@ -27,6 +28,8 @@ OPS: dict[str, str] = {
     "layernorm_gelu": "layernorm_gelu",
     "quantize": "quantize",
     "quantize_blocks": "quantize_blocks",
+    "rope": "rope",
+    "rope_": "rope",
 }
 
 __all__ = [
@@ -40,6 +43,8 @@ __all__ = [
     "layernorm_gelu",
     "quantize",
     "quantize_blocks",
+    "rope",
+    "rope_",
 ]
 
 

@@ -1,0 +1,201 @@
+"""Rotary position embedding: checks, launchers and registration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sn72kernels import library, tuning
+from sn72kernels.errors import ArgumentError, ShapeError, check_tensor
+from sn72kernels.ops.rope import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TOKENS = 32
+WARPS = 4
+
+
+def rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate the last tokens of queries and keys; the tokens before them pass unchanged.
+
+    With ``rotate(x) = concat(-x[D/2:], x[:D/2])``, a rotated token is
+    ``x * cos + rotate(x) * sin``, computed in float32 and rounded once. Tables come from
+    :mod:`sn72kernels.ops.rope.tables`, or from the model. Not differentiable.
+
+    Args:
+        q: shape (B, H, T, D), D even; any strides; float32, float16, bfloat16 or float64.
+        k: shape (B, G, T, D), dtype of ``q``.
+        cos: shape (P, D), or (B, P, D), P <= T; any of these dtypes.
+        sin: shape of ``cos``.
+
+    Returns:
+        New tensors, contiguous, shapes and dtype of ``q`` and ``k``.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
+    """
+    cos, sin = _check(q, k, cos, sin)
+    turned: tuple[torch.Tensor, torch.Tensor] = _rope(q.detach(), k.detach(), cos, sin)
+    return turned
+
+
+def rope_(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`rope` in place; prefix tokens are neither read nor written.
+
+    Args:
+        q: as for :func:`rope`, with a contiguous last axis and no element twice.
+        k: likewise; shares no memory with ``q``.
+        cos: as for :func:`rope`.
+        sin: likewise.
+
+    Returns:
+        ``q`` and ``k``.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
+        ArgumentError: ``q`` or ``k`` cannot be changed in place, or needs a gradient.
+    """
+    cos, sin = _check(q, k, cos, sin)
+    for name, x in (("q", q), ("k", k)):
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ArgumentError(f"{name} requires a gradient and cannot be rotated in place")
+        repeated = any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
+        if x.stride(3) != 1 or repeated:
+            raise ArgumentError(
+                f"{name} has strides {x.stride()}; in place its last axis must be contiguous and "
+                f"no element repeated: call rope() instead, or {name}.contiguous() first"
+            )
+    _rope_(q, k, cos, sin)
+    return q, k
+
+
+def explain(q: torch.Tensor, *_: Any, **__: Any) -> library.Choice:
+    """Which implementation a call with these arguments would run, and why."""
+    choice = library.choose(ROPE, q.device, q)
+    if choice.implementation == "reference":
+        return choice
+    config = {"tokens": TOKENS, "warps": WARPS}
+    return library.Choice(choice.op, choice.implementation, choice.reason, config)
+
+
+# --- launchers -----------------------------------------------------------------------------
+
+
+def launch_rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Triton counterpart of :func:`reference.rope`, same arguments and results."""
+    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    _launch(q, k, q_out, k_out, cos, sin, 0)
+    return q_out, k_out
+
+
+def launch_rope_(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Triton counterpart of :func:`reference.rope_`."""
+    _launch(q, k, q, k, cos, sin, q.shape[2] - cos.shape[1])
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    first: int,
+) -> None:
+    from sn72kernels.ops.rope import kernel
+
+    batch, q_heads, tokens, depth = q.shape
+    k_heads, half = k.shape[1], depth // 2
+    grid = (-(-(tokens - first) // TOKENS), batch * (q_heads + k_heads))
+    if 0 in grid:
+        return
+    if cos.stride() != sin.stride() or cos.stride(2) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    library.launch(
+        kernel.rope, grid,
+        q, k, q_out, k_out, cos, sin, q_heads, k_heads, tokens, first, tokens - cos.shape[1],
+        *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
+        *cos.stride()[:2],
+        HALF=half, WIDTH=tuning.power_of_two(half), TOKENS=TOKENS, num_warps=WARPS,
+    )  # fmt: skip
+
+
+# --- registration --------------------------------------------------------------------------
+
+
+def _fake_rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _fake_rope_(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    return None
+
+
+def _float64(*args: Any) -> str | None:
+    return "float64 has no kernel" if args[0].dtype == torch.float64 else None
+
+
+ROPE = library.OpSpec(
+    name="rope",
+    schema="(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    reference=reference.rope,
+    launch=launch_rope,
+    fake=_fake_rope,
+    unsupported=_float64,
+)
+ROPE_ = library.OpSpec(
+    name="rope_",
+    schema="(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()",
+    reference=reference.rope_,
+    launch=launch_rope_,
+    fake=_fake_rope_,
+    unsupported=_float64,
+)
+_rope = library.register(ROPE)
+_rope_ = library.register(ROPE_)
+
+
+# --- checks --------------------------------------------------------------------------------
+
+
+def _check(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tables with a batch axis."""
+    check_tensor("q", q, shape=(None, None, None, None), dtype=DTYPES)
+    batch, _, tokens, depth = q.shape
+    if depth % 2 or depth == 0:
+        raise ShapeError(f"Invalid shape of q: expected an even last axis, got {tuple(q.shape)}")
+    check_tensor("k", k, shape=(batch, None, tokens, depth), dtype=q.dtype, device=q.device)
+    lead = () if cos.dim() == 2 else (batch,)
+    check_tensor("cos", cos, shape=(*lead, None, depth), dtype=DTYPES, device=q.device)
+    check_tensor("sin", sin, shape=cos.shape, dtype=DTYPES, device=q.device)
+    if cos.shape[-2] > tokens:
+        raise ShapeError(
+            f"Invalid shape of cos: expected at most {tokens} tokens, got {tuple(cos.shape)}"
+        )
+    shape = (batch, *cos.shape[-2:])
+    return cos.detach().expand(shape), sin.detach().expand(shape)
+
+
+def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Launcher calls that between them reach every kernel, for compile-only checks."""
+
+    def case(call: Any, dtype: torch.dtype, depth: int) -> tuple[Any, tuple[Any, ...]]:
+        x = torch.empty(2, 201, 12, depth, dtype=dtype, device="meta").transpose(1, 2)
+        table = torch.empty(2, 196, depth, dtype=torch.float32, device="meta")
+        return call, (x, x, table, table)
+
+    return {
+        "float16 D=64": case(launch_rope, torch.float16, 64),
+        "in place float32 D=80": case(launch_rope_, torch.float32, 80),
+    }
