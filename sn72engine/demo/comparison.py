@@ -102,6 +102,9 @@ def compare(
     atomic.write_text(folder / "cascade.yaml", tuned.to_yaml(folder))
 
     specs = {"cascade": tuned}
+    both = fullest(full, choice)
+    if len(tuned.stages) < len(full.stages) and both is not None:
+        specs["all stages"] = both
     specs |= {stage.name: CascadeSpec((stage,)) for stage in full.stages}
     figures = measure(
         specs, dataclasses.replace(evaluation, images=measuring, labels=labels[half:]), runtime
@@ -117,6 +120,22 @@ def compare(
             "comparison": figures,
         },
     )
+
+
+def fullest(spec: CascadeSpec, choice: ThresholdChoice) -> CascadeSpec | None:
+    """The best cascade of the frontier that keeps every stage; None when none does.
+
+    Shown beside a choice that drops a stage, so that one sees what the stage would have done.
+    """
+    points = [point for point in choice.pareto if len(point.kept) == len(spec.stages)]
+    if not points:
+        return None
+    best = max(points, key=lambda point: (point.value, -point.cost))
+    stages = tuple(
+        dataclasses.replace(stage, low=low, high=high)
+        for stage, low, high in zip(spec.stages, best.low, best.high, strict=True)
+    )
+    return dataclasses.replace(spec, stages=stages, decision_threshold=best.decision_threshold)
 
 
 def measure(
@@ -135,7 +154,7 @@ def measure(
         times: dict[str, Latency] = interleave(
             {name: partial(turns.next) for name, turns in calls.items()}, warmup=2, repeats=_ROUNDS
         )
-        report = cascades["cascade"].report().to_dict()
+        report = cascades["cascade"].report()
     finally:
         for cascade in cascades.values():
             cascade.close()
@@ -154,7 +173,8 @@ def measure(
         "answered_by": {
             name: sum(result.stage == name for result in last) / len(last) for name in stage_names
         },
-        "report": report,
+        "own_share": report.own_seconds / sum(stage.counts.seconds for stage in report.stages),
+        "report": report.to_dict(),
     }
 
 

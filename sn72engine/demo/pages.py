@@ -173,12 +173,16 @@ def summary(figures: Mapping[str, Any], page: Path) -> str:
     lines = []
     for name, entry in figures["verification"].items():
         row = verification_row(name, entry)
-        lines.append(f"{name:8} INT8 {row[4]} as fast as FP32, agreement {row[2]}, gate {row[5]}")
+        lines.append(
+            f"{name:8} INT8 {row[4]} as fast as FP32, exact top-1 {row[3]}, agreement {row[2]}, "
+            f"gate {row[5]}"
+        )
     for name, system in figures["comparison"]["systems"].items():
         lines.append(
             f"{name:8} accuracy {system['accuracy']:.1%}, "
             f"{system['ms_per_image']:.2f} ms per image, "
             f"{system['images_per_second']:.0f} images/s"
         )
+    lines.append(f"cascade  own work {figures['comparison']['own_share']:.2%} of its stages' time")
     engines = [" ".join(("engine  ", *gpu_row(entry))).rstrip() for entry in figures["gpu_engines"]]
     return "\n".join([*lines, *engines, f"report   {page}"])
