@@ -91,6 +91,10 @@ class CascadeError(Sn72Error):
     exit_code = 7
 
 
+class OverloadedError(CascadeError):
+    """Too many requests are waiting already; this one was not taken. Try again later."""
+
+
 class CudaUnavailableError(Sn72Error):
     """The GPU or its kernels cannot be used here; the message says why. Callers fall back."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sn72engine.cascade.executor import Bounds, CpuExecutor, Request, Samples, log
+from sn72engine.cascade.executor import Bounds, CpuExecutor, Progress, Request, Samples, log
 from sn72engine.cascade.opening import Given, enter_stages
 from sn72engine.cascade.opening import open_stages as open_stages
 from sn72engine.cascade.report import CascadeReport, Counters
@@ -25,6 +25,7 @@ from sn72engine.cascade.route import as_float32
 from sn72engine.cascade.spec import CascadeSpec
 from sn72engine.decode import decode
 from sn72engine.errors import CascadeError, InputError, OptionError
+from sn72engine.events import CallEvent, Observe, notify
 from sn72engine.spec import RuntimeOptions, check_number
 from sn72engine.stages.base import Size, Stage
 
@@ -58,6 +59,7 @@ class Cascade:
             (wrapped in a :class:`~sn72engine.stages.function.FunctionStage`), for the stages of
             ``spec`` that name no engine, OCR or VLM. The cascade does not close these.
         runtime: how engines are run.
+        observe: is told of every call, see :mod:`sn72engine.events`.
 
     Raises:
         OptionError: ``stages`` does not fit ``spec``, or an engine cannot be a stage.
@@ -70,8 +72,10 @@ class Cascade:
         stages: Given | None = None,
         *,
         runtime: RuntimeOptions | None = None,
+        observe: Observe | None = None,
     ) -> None:
         self._spec = spec
+        self._observe = observe
         given = dict(stages or {})
         # Closed again if a later stage fails to load.
         with contextlib.ExitStack() as opened:
@@ -104,6 +108,7 @@ class Cascade:
         deadline: float | None = None,
         flags: Flags | None = None,
         thresholds: Thresholds | None = None,
+        progress: Progress | None = None,
     ) -> list[Result]:
         """Answer a batch of images.
 
@@ -117,6 +122,8 @@ class Cascade:
                 trigger that is not given marks none.
             thresholds: stage name to ``(low, high)`` instead of the specification's, each a
                 scalar or shape (n,). Values that make no sense escalate.
+            progress: called between stages with one result per image as known so far, and which
+                of them are settled and will not change. It must be quick and must not raise.
 
         Returns:
             One result per image, in order.
@@ -127,7 +134,7 @@ class Cascade:
                 unknown.
             CascadeError: the cascade has been closed.
         """
-        return self._run(self._request(images, deadline, flags, thresholds))
+        return self._run(self._request(images, deadline, flags, thresholds, progress))
 
     def submit(
         self,
@@ -211,6 +218,7 @@ class Cascade:
         deadline: float | None,
         flags: Flags | None,
         thresholds: Thresholds | None,
+        progress: Progress | None = None,
     ) -> Request:
         begin = time.monotonic()
         if self._closed:
@@ -227,12 +235,17 @@ class Cascade:
             begin + deadline,
             self._check_flags(flags or {}, count),
             self._check_thresholds(thresholds or {}, count),
+            progress,
         )
 
     def _run(self, request: Request) -> list[Result]:
         begin = time.perf_counter()
         results, counts = self._executor.run(request)
-        self._counters.add(len(results), time.perf_counter() - begin, counts)
+        seconds = time.perf_counter() - begin
+        self._counters.add(len(results), seconds, counts)
+        if self._observe is not None:
+            names = tuple(stage.name for stage in self._spec.stages)
+            notify(self._observe, CallEvent(seconds, results, names, counts))
         return results
 
     def _decode(self, source: Source) -> NDArray[np.uint8]:

@@ -46,6 +46,9 @@ from sn72engine.stages.base import Stage, StageScores
 
 log = logging.getLogger("sn72engine.cascade")
 
+Progress = Callable[[list[Result], list[bool]], None]
+"""Gets what is known of each sample between two stages, and which samples are settled."""
+
 Bounds = tuple[Floats, Floats]
 """Thresholds of a stage: float32, each a scalar (shape ()) or one per sample (shape (n,))."""
 
@@ -88,13 +91,15 @@ class Request:
     """One call: its samples, when it must end, and what holds for each sample.
 
     ``until`` is a time of ``time.monotonic()``, infinite for no limit; ``flags`` has the marked
-    samples by trigger, ``bounds`` the thresholds by stage number.
+    samples by trigger, ``bounds`` the thresholds by stage number. ``progress`` is called after
+    every stage but the last; an executor that runs all stages in one go does not call it.
     """
 
     samples: Samples
     until: float
     flags: Mapping[str, NDArray[np.bool_]]
     bounds: Sequence[Bounds]
+    progress: Progress | None = None
 
 
 @dataclass(slots=True)
@@ -132,6 +137,7 @@ class CpuExecutor:
         Raises:
             CascadeError: a sample was left without a status, which is a bug.
         """
+        spec = self._spec
         tally = Tally(len(request.samples))
         counts = [StageCounts() for _ in self._stages]
         for number, stage in enumerate(self._spec.stages):
@@ -140,7 +146,9 @@ class CpuExecutor:
             for start in range(0, len(waiting), self._spec.max_batch):
                 batch = waiting[start : start + self._spec.max_batch]
                 self._run_batch(number, batch, request, tally, counts[number])
-        spec = self._spec
+            if request.progress is not None and number + 1 < len(self._stages):
+                known = tally.snapshot(self._names, spec.decision_threshold, top1=spec.top1)
+                request.progress(*known)
         return tally.results(self._names, spec.decision_threshold, top1=spec.top1), counts
 
     def close(self, patience: float) -> tuple[bool, ...]:

@@ -18,7 +18,8 @@ class StageCounts:
     ``asked`` counts samples; each of them is in exactly one of ``negative``, ``positive``,
     ``escalated``, ``failed`` (the stage could not score it) and ``late`` (time ran out).
     ``seconds`` is time spent in the stage, ``decode_seconds`` in decoding images for it, and
-    ``waited_seconds`` in waiting for other callers of it.
+    ``waited_seconds`` in waiting for other callers of it. ``padded`` counts rows that were computed
+    with no sample in them, which only stages captured at fixed batch sizes have.
     """
 
     calls: int = 0
@@ -28,6 +29,7 @@ class StageCounts:
     escalated: int = 0
     failed: int = 0
     late: int = 0
+    padded: int = 0
     seconds: float = 0.0
     decode_seconds: float = 0.0
     waited_seconds: float = 0.0

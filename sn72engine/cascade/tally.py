@@ -35,6 +35,7 @@ UNKNOWN = np.float32(0.5)
 
 _PENDING, _UNDECIDED, _DONE, _DEADLINE, _FAILED = range(5)
 _STATUS = {
+    _PENDING: Status.UNDECIDED,  # in a snapshot only
     _UNDECIDED: Status.UNDECIDED,
     _DONE: Status.DONE,
     _DEADLINE: Status.DEADLINE,
@@ -131,9 +132,7 @@ class Tally:
         Raises:
             CascadeError: a sample has no status, which is a bug of the executor.
         """
-        everything = slice(None)
-        probability = self.probability(everything)
-        author = np.where(self._floor > self._vote(everything), self._raiser, self._voter)
+        author = self._author()
         unasked = self._open & (author < 0) & (self._status == _PENDING)
         self._status[unasked] = _FAILED
         self._errors |= dict.fromkeys(
@@ -142,6 +141,20 @@ class Tally:
         if (self._status == _PENDING).any():
             lost = np.flatnonzero(self._status == _PENDING).tolist()
             raise CascadeError(f"samples {lost} have no status after the run; please report this")
+        return self._rows(names, decision_threshold, top1=top1)
+
+    def snapshot(
+        self, names: Sequence[str], decision_threshold: float, *, top1: bool
+    ) -> tuple[list[Result], list[bool]]:
+        """What is known now, and which samples are settled.
+
+        As :meth:`results`, but a sample that no stage has scored yet is UNDECIDED at 0.5.
+        """
+        return self._rows(names, decision_threshold, top1=top1), (~self._open).tolist()
+
+    def _rows(self, names: Sequence[str], decision_threshold: float, *, top1: bool) -> list[Result]:
+        probability = self.probability(slice(None))
+        author = self._author()
         side = np.where(
             self._status == _DONE, self._route == POSITIVE, probability > decision_threshold
         )
@@ -163,6 +176,10 @@ class Tally:
             )
             for i, (p, label, stage, status) in enumerate(rows)
         ]
+
+    def _author(self) -> NDArray[np.int32]:
+        """Number of the stage whose answer stands, -1 for none."""
+        return np.where(self._floor > self._vote(slice(None)), self._raiser, self._voter)
 
     def _vote(self, index: Indices | slice) -> Floats:
         weight = self._weight[index]
