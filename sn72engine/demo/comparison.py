@@ -27,6 +27,9 @@ from sn72kernels import atomic
 _BATCH = 8
 _ROUNDS = 25
 
+#: Escalated images that the report shows.
+_SHOWN = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -51,12 +54,16 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The tuned cascade, how its thresholds were chosen, and how it did."""
+    """The tuned cascade, how its thresholds were chosen, and how it did.
+
+    ``escalated`` holds a few measured images that the first stage was not sure of, with answers.
+    """
 
     spec: CascadeSpec
     choice: ThresholdChoice
     names: tuple[str, ...]
     figures: Mapping[str, Any]
+    escalated: tuple[tuple[Any, Result], ...]
 
     def run(self, images: Sequence[Any], runtime: RuntimeOptions) -> list[Result]:
         """Run the tuned cascade."""
@@ -106,9 +113,13 @@ def compare(
     if len(tuned.stages) < len(full.stages) and both is not None:
         specs["all stages"] = both
     specs |= {stage.name: CascadeSpec((stage,)) for stage in full.stages}
-    figures = measure(
-        specs, dataclasses.replace(evaluation, images=measuring, labels=labels[half:]), runtime
-    )
+    held_out = dataclasses.replace(evaluation, images=measuring, labels=labels[half:])
+    figures, results = measure(specs, held_out, runtime)
+    later = [
+        (image, result)
+        for image, result in zip(measuring, results, strict=True)
+        if result.stage != table.names[0]
+    ]
     return Comparison(
         tuned,
         choice,
@@ -119,6 +130,7 @@ def compare(
             "thresholds": choice.to_dict(),
             "comparison": figures,
         },
+        tuple(later[:_SHOWN]),
     )
 
 
@@ -140,8 +152,10 @@ def fullest(spec: CascadeSpec, choice: ThresholdChoice) -> CascadeSpec | None:
 
 def measure(
     specs: Mapping[str, CascadeSpec], evaluation: Evaluation, runtime: RuntimeOptions
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[Result]]:
     """Accuracy and interleaved throughput of several cascades on the same images.
+
+    Returns the figures, and what the one named ``cascade`` answered.
 
     A stage alone runs as a cascade of one stage, so that all pay for the same preprocessing.
     """
@@ -160,7 +174,7 @@ def measure(
             cascade.close()
     last = results["cascade"]
     stage_names = [stage.name for stage in specs["cascade"].stages]
-    return {
+    figures = {
         "batch": _BATCH,
         "systems": {
             name: {
@@ -176,6 +190,7 @@ def measure(
         "own_share": report.own_seconds / sum(stage.counts.seconds for stage in report.stages),
         "report": report.to_dict(),
     }
+    return figures, last
 
 
 class Turns:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from sn72engine import _deps
 from sn72engine.cascade.result import Result, Status
+from sn72engine.decode import decode
 from sn72engine.demo.comparison import Comparison
 from sn72engine.demo.models import class_names
 from sn72engine.report import Card, Report
@@ -45,10 +46,19 @@ def write(
     )
     report.cards(
         [
-            card(folder, picture, result, comparison.names[0])
+            card(folder, picture.stem, Image.open(picture), result)
             for picture, result in zip(pictures, results, strict=True)
         ]
     )
+    if comparison.escalated:
+        first = comparison.names[0]
+        report.paragraph(f"Some of the samples that {first} was not sure of:")
+        report.cards(
+            [
+                card(folder, f"escalated-{number}", Image.fromarray(decode(image)), result)
+                for number, (image, result) in enumerate(comparison.escalated)
+            ]
+        )
 
     report.heading("Accuracy against time")
     report.paragraph(
@@ -100,16 +110,15 @@ def write(
     return page
 
 
-def card(folder: Path, picture: Path, result: Result, first: str) -> Card:
-    """One photograph with the cascade's answer below it; ``first`` names the first stage."""
-    thumbnail = folder / "photographs" / f"{picture.stem}.jpg"
-    image = Image.open(picture).convert("RGB")
+def card(folder: Path, name: str, image: Image.Image, result: Result) -> Card:
+    """One image, kept as a thumbnail under ``name``, with the cascade's answer below it."""
+    thumbnail = folder / "photographs" / f"{name}.jpg"
+    image = image.convert("RGB")
     image.thumbnail((480, 480))
     with atomic.replacing(thumbnail) as scratch:
         image.save(scratch, format="JPEG", quality=85)
     done = result.status is Status.DONE
-    escalated = "" if result.stage == first else ", escalated"
-    lines = [f"{result.probability:.0%} by {result.stage}{escalated}"]
+    lines = [f"{result.probability:.0%} by {result.stage}"]
     if not done:
         lines.append(f"{result.status.value}: best answer so far")
     return Card(thumbnail, class_names()[result.label], tuple(lines), good=done or None)

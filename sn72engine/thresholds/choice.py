@@ -354,8 +354,9 @@ class _Judge:
         level = f"{options.confidence:.6g}"
         if self._paired:
             stage = self._reference.config.kept[0]
-            claim = f"accuracy is at least that of stage {stage} less {options.tolerance:.4g}"
-            measured = f"accuracy less that of stage {stage} is at least {bound:.4f}"
+            loss = f" less {options.tolerance:.2%}" if options.tolerance else ""
+            claim = f"accuracy is at least that of stage {stage}{loss}"
+            measured = f"it is at most {-bound:.2%} lower" if bound < 0 else f"{bound:.2%} higher"
         else:
             name = {"accuracy": "accuracy", "mcc": "MCC", "reward": "expected reward"}
             what = name[options.objective]
@@ -369,8 +370,8 @@ class _Judge:
             )
         return (
             f"Not certified: {count} held-out samples do not show with confidence {level} that "
-            f"{claim}. For these thresholds they show that {measured}. More labels, a lower "
-            "target or a larger tolerance would help."
+            f"{claim}. What they show is that {measured}. More labels, a lower target or a larger "
+            "tolerance would help."
         )
 
 
