@@ -74,15 +74,22 @@ def build(
             build_seconds=round(seconds, 3),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        return replace(manifest, notes=(*built.notes, *try_engine(Engine(folder, manifest))))
+        notes = (*built.notes, *_unrecorded(model), *try_engine(Engine(folder, manifest)))
+        return replace(manifest, notes=notes)
 
     return store.get_or_build(wanted, make)
+
+
+def _unrecorded(model: OnnxModel) -> tuple[str, ...]:
+    if model.precision == "int8" and model.quantization is None:
+        return ("quantised by another tool: nothing is recorded of its calibration",)
+    return ()
 
 
 def resolve_precision(model: OnnxModel, options: BuildOptions) -> BuildOptions:
     """The options with the precision that the engine will have.
 
-    The option speaks of float models. A Q/DQ file is built as ``int8``, whose record it carries;
+    The option speaks of float models. A Q/DQ file is built as ``int8``, whoever quantised it;
     the default then resolves to that, so that one engine has one fingerprint.
 
     Raises:

@@ -46,7 +46,8 @@ class OnnxModel:
 
     ``record`` holds ``export`` (options, parity errors) and, once quantised, ``quantization``
     (method, sample count, batch size, data hash, layers). ``preprocess`` is how images become
-    its input; None when the model does not take images.
+    its input; None when the model does not take images. ``qdq`` says that activations are
+    quantised to 8-bit integers in the graph, whichever tool did that.
     """
 
     path: Path
@@ -54,16 +55,17 @@ class OnnxModel:
     outputs: tuple[TensorSpec, ...]
     preprocess: Preprocess | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
+    qdq: bool = False
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """The quantisation record; None for a float model."""
+        """The quantisation record; None for a float model, and for one that others quantised."""
         return self.record.get("quantization")
 
     @property
     def precision(self) -> Precision:
         """``int8`` for a Q/DQ model, else the type of its first input."""
-        if self.quantization is not None:
+        if self.qdq or self.quantization is not None:
             return "int8"
         return "fp16" if self.inputs[0].dtype == "float16" else "fp32"
 
@@ -114,6 +116,7 @@ class OnnxModel:
             outputs=tuple(_spec(onnx, v) for v in proto.graph.output),
             preprocess=Preprocess.from_dict(preprocess) if preprocess else None,
             record=record,
+            qdq=_quantises_to_int8(onnx, proto),
         )
 
 
@@ -160,6 +163,26 @@ def file_sha256(path: Path) -> str:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _quantises_to_int8(onnx: Any, proto: Any) -> bool:
+    """Whether a QuantizeLinear turns activations into int8 or uint8."""
+    stored = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    for node in proto.graph.node:
+        if node.op_type == "Constant":
+            stored.update(
+                (node.output[0], a.t.data_type) for a in node.attribute if a.HasField("t")
+            )
+    eight_bits = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    for node in proto.graph.node:
+        if node.op_type != "QuantizeLinear" or node.input[0] in stored:
+            continue  # a weight that is quantised where it is read says nothing of activations
+        told = next((a.i for a in node.attribute if a.name == "output_dtype"), 0)
+        zero_point = node.input[2] if len(node.input) > 2 else ""
+        # Without either, the operator gives uint8.
+        if (told or stored.get(zero_point, onnx.TensorProto.UINT8)) in eight_bits:
+            return True
+    return False
 
 
 def _spec(onnx: Any, value: Any) -> TensorSpec:

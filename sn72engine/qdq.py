@@ -37,6 +37,7 @@ def lower_for_cpu(source: Path, target: Path) -> tuple[str, ...]:
     A file that this package did not quantise has no tensor ranges in its record. What its own
     scales tell is used then (signed activations become uint8 with zero point 128, the same
     numbers); convolutions whose result range they do not tell, and additions, stay in float.
+    A file with uint8 activations, or with scales that are not float32, is copied as it is.
 
     Returns:
         Remarks for the engine's manifest: how many nodes run on integers, and what does not.
@@ -51,9 +52,9 @@ def lower_for_cpu(source: Path, target: Path) -> tuple[str, ...]:
     graph = gs.import_onnx(proto).toposort()
     if not any(node.op == "QuantizeLinear" for node in graph.nodes):
         raise QuantizationError(f"{source} holds no QuantizeLinear node; quantise it first")
-    if _has_uint8_activations(graph):
+    if reason := _reason_to_keep(graph):
         onnx_file.save(proto, target)
-        return ("the model has uint8 activations already; it is used as it is",)
+        return (f"the model has {reason}; it is used as it is",)
     scales = _strip(gs, graph)
     products = {id(node) for node in graph.nodes if _is_product(gs, node, scales)}
     _means_to_pools(gs, graph)
@@ -87,11 +88,14 @@ def store_int8_weights(proto: Any) -> None:
     proto.graph.node.extend(kept)
 
 
-def _has_uint8_activations(graph: Any) -> bool:
-    return any(
-        node.op == "QuantizeLinear" and len(node.inputs) > 2 and node.inputs[2].dtype == np.uint8
-        for node in graph.nodes
-    )
+def _reason_to_keep(graph: Any) -> str:
+    """Why a Q/DQ graph of another tool is not rewritten; empty when it can be."""
+    quantizers = [node for node in graph.nodes if node.op == "QuantizeLinear"]
+    if any(len(node.inputs) > 2 and node.inputs[2].dtype == np.uint8 for node in quantizers):
+        return "uint8 activations already"
+    if any(node.inputs[1].dtype != np.float32 for node in quantizers):
+        return "scales that are not float32"
+    return ""
 
 
 def _strip(gs: Any, graph: Any) -> dict[str, Range]:

@@ -143,7 +143,7 @@ def quantize(
 
 
 def _refuse_unfit(model: OnnxModel) -> None:
-    if model.quantization is not None:
+    if model.precision == "int8":
         raise QuantizationError(f"{model.path} is already quantised; start from the float file")
     if model.precision != "fp32":
         raise QuantizationError(

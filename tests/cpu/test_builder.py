@@ -117,6 +117,22 @@ def test_a_quantised_model_carries_its_record(tmp_path: Path, store: Store) -> N
     assert build(model, SMALL, store=store) == engine
 
 
+def test_a_model_that_another_tool_quantised_is_built_as_int8(tmp_path: Path, store: Store) -> None:
+    ours = tiny_models.quantised(tmp_path / "m.onnx")
+    proto = onnx.load(ours.path)
+    del proto.metadata_props[:]
+    onnx.save(proto, tmp_path / "foreign.onnx")
+    foreign = OnnxModel.open(tmp_path / "foreign.onnx")
+    engine = build(foreign, SMALL, store=store)
+    assert engine.manifest.precision == "int8"
+    assert engine.manifest.quantization is None
+    assert any("another tool" in note for note in engine.manifest.notes)
+    # It was lowered for the CPU, like one of ours.
+    assert any("on integers" in note for note in engine.manifest.notes)
+    assert build(foreign, replace(SMALL, precision="int8"), store=store) == engine
+    assert not any("another tool" in n for n in build(ours, SMALL, store=store).manifest.notes)
+
+
 def test_precision_that_the_file_cannot_have(tmp_path: Path) -> None:
     plain = tiny_models.linear(tmp_path / "m.onnx")
     quantised = tiny_models.quantised(tmp_path / "q.onnx")

@@ -93,3 +93,49 @@ def test_a_file_that_is_not_onnx_is_refused(tmp_path: Path, content: bytes) -> N
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such ONNX file"):
         OnnxModel.open(tmp_path / "absent.onnx")
+
+
+@pytest.mark.parametrize(
+    ("zero_point", "precision"),
+    [
+        (numpy_helper.from_array(np.int8(0), "z"), "int8"),
+        (numpy_helper.from_array(np.uint8(3), "z"), "int8"),
+        (helper.make_tensor("z", TensorProto.FLOAT8E4M3FN, [], [0.0]), "fp32"),
+        (None, "int8"),  # the operator then gives uint8
+    ],
+)
+@pytest.mark.parametrize("as_node", [False, True])
+def test_a_model_that_others_quantised_is_int8(
+    tmp_path: Path, zero_point: Any, precision: str, as_node: bool
+) -> None:
+    names = ["x", "s"] if zero_point is None else ["x", "s", "z"]
+    nodes = [
+        helper.make_node("QuantizeLinear", names, ["q"]),
+        helper.make_node("DequantizeLinear", ["q", *names[1:]], ["y"]),
+    ]
+    stored = [numpy_helper.from_array(np.float32(0.1), "s")]
+    if zero_point is not None and as_node:
+        nodes.insert(0, helper.make_node("Constant", [], ["z"], value=zero_point))
+    elif zero_point is not None:
+        stored.append(zero_point)
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2]) for name in ("x", "y")
+    ]
+    graph = helper.make_graph(nodes, "foreign", values[:1], values[1:], stored)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(proto, tmp_path / "m.onnx")
+    model = OnnxModel.open(tmp_path / "m.onnx")
+    assert model.precision == precision
+    assert model.quantization is None
+
+
+def test_weights_that_are_quantised_where_they_are_read_leave_the_model_float(
+    tmp_path: Path,
+) -> None:
+    proto = onnx.load(tiny(tmp_path / "m.onnx").path)
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(0.1), "s"))
+    proto.graph.node.insert(0, helper.make_node("QuantizeLinear", ["w", "s"], ["wq"]))
+    proto.graph.node.insert(1, helper.make_node("DequantizeLinear", ["wq", "s"], ["wd"]))
+    proto.graph.node[2].input[1] = "wd"
+    onnx.save(proto, tmp_path / "m.onnx")
+    assert OnnxModel.open(tmp_path / "m.onnx").precision == "fp32"

@@ -14,6 +14,7 @@ import torch
 from sn72engine.calibration import batches, labelled
 from sn72engine.errors import QuantizationError
 from sn72engine.exporter import export
+from sn72engine.half import to_half
 from sn72engine.model import OnnxModel, read_record, write_record
 from sn72engine.preprocessing import preprocess
 from sn72engine.qdq import lower_for_cpu
@@ -258,6 +259,14 @@ def test_uint8_models_are_used_as_they_are(tmp_path):
     assert "used as it is" in notes[0]
     x = images(4)
     np.testing.assert_array_equal(run(tmp_path / "cpu.onnx", x), run(tmp_path / "again.onnx", x))
+
+
+def test_float16_models_are_used_as_they_are(tmp_path):
+    to_half(quantized("residual_net").path, tmp_path / "half.onnx")
+    notes = lower_for_cpu(tmp_path / "half.onnx", tmp_path / "cpu.onnx")
+    assert "scales that are not float32; it is used as it is" in notes[0]
+    x = images(4)
+    np.testing.assert_array_equal(run(tmp_path / "half.onnx", x), run(tmp_path / "cpu.onnx", x))
 
 
 def test_float_models_are_refused(tmp_path):
