@@ -17,10 +17,10 @@ target                    any                   hard  machine code, kernels and 
                                                       belong to one architecture and platform
 format                    any                   hard  the manifest's fields have other meanings
 backend_version,          major or minor        hard  kernels and their rounding change between
-  onnxruntime                                         minor releases, so the recorded accuracy and
+  onnxruntime, openvino                               minor releases, so the recorded accuracy and
                                                       speed no longer hold
 backend_version,          patch or suffix       soft  the engine file is plain ONNX, which every
-  onnxruntime                                         later release reads; patches fix bugs only
+  onnxruntime, openvino                               later release reads; patches fix bugs only
 backend_version,          any number            hard  the runtime refuses an engine of any other
   tensorrt, tensorrt_rtx                              release, patch releases included
 backend_version,          suffix (``.post1``,   soft  the same library, packaged again
@@ -39,7 +39,7 @@ import hashlib
 import json
 import platform
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from sn72engine.engine import MANIFEST_FORMAT
@@ -57,7 +57,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NUMBERS = re.compile(r"\d+(?:\.\d+)*")
 
 #: How many leading numbers of the version must agree; a backend not listed needs the exact text.
-_VERSION_NUMBERS = {"onnxruntime": 2, "tensorrt": None, "tensorrt_rtx": None}
+_VERSION_NUMBERS = {"onnxruntime": 2, "openvino": 2, "tensorrt": None, "tensorrt_rtx": None}
 
 _ADVICE = {
     "model_sha256": "the ONNX file or its weights changed; build again",
@@ -151,8 +151,17 @@ def of(model: OnnxModel, options: BuildOptions, backend: Backend) -> Fingerprint
         options=canonical_json(build),
         backend=backend.name,
         backend_version=backend.version(),
-        target=f"{device}-{platform.system()}-{platform.machine()}".lower(),
+        target=_on_this_platform(device),
     )
+
+
+def here(stored: Fingerprint, backend: Backend) -> Fingerprint:
+    """The fingerprint that building ``stored`` anew on this machine would have.
+
+    The device is taken to be the same; whether it is here is for the backend to say.
+    """
+    device = stored.target.partition("-")[0]
+    return replace(stored, backend_version=backend.version(), target=_on_this_platform(device))
 
 
 def compare(stored: Fingerprint, wanted: Fingerprint) -> tuple[Mismatch, ...]:
@@ -176,11 +185,17 @@ def compare(stored: Fingerprint, wanted: Fingerprint) -> tuple[Mismatch, ...]:
     return tuple(found)
 
 
-def check(stored: Fingerprint, wanted: Fingerprint) -> tuple[Mismatch, ...]:
+def check(
+    stored: Fingerprint, wanted: Fingerprint, *, name: str = "the engine"
+) -> tuple[Mismatch, ...]:
     """Refuse a stored engine that differs in a way that matters; return the soft differences.
 
-    To ask whether an engine can run here, compare it with itself as this machine would have
-    built it: ``check(stored, replace(stored, backend_version=backend.version()))``.
+    To ask whether an engine can run here: ``check(stored, here(stored, backend))``.
+
+    Args:
+        stored: of the engine.
+        wanted: what it is to be used for.
+        name: what to call the engine in the message.
 
     Raises:
         EngineMismatchError: any difference is hard; the message lists all of those.
@@ -188,8 +203,12 @@ def check(stored: Fingerprint, wanted: Fingerprint) -> tuple[Mismatch, ...]:
     found = compare(stored, wanted)
     hard = [str(mismatch) for mismatch in found if mismatch.kind == "hard"]
     if hard:
-        raise EngineMismatchError("the engine was built for something else: " + "; ".join(hard))
+        raise EngineMismatchError(f"{name} was built for something else: " + "; ".join(hard))
     return found
+
+
+def _on_this_platform(device: str) -> str:
+    return f"{device}-{platform.system()}-{platform.machine()}".lower()
 
 
 def canonical_json(value: Any) -> str:

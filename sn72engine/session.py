@@ -6,6 +6,7 @@ copied. Anything else with ``__dlpack__`` is taken as an array.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,15 +16,19 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
+from sn72engine import fingerprint
 from sn72engine.backends import get_backend
 from sn72engine.backends.base import Array
 from sn72engine.engine import Engine, Manifest
 from sn72engine.errors import InputError, SessionError
+from sn72engine.fingerprint import Fingerprint
 from sn72engine.model import TensorSpec
 from sn72engine.spec import Preprocess, RuntimeOptions
 
 if TYPE_CHECKING:
     from sn72engine.decode import Source
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -50,6 +55,10 @@ class Session:
     Raises:
         SessionError: the library refuses the engine, or lacks a device for it.
         EngineCorruptError: a file in the folder does not match its recorded hash.
+        EngineMismatchError: it was built with a release of the library, or on a platform, whose
+            engines this machine cannot be trusted to run; differences that do not matter are
+            logged. The table is in :mod:`sn72engine.fingerprint`.
+        MissingDependencyError: the library is not installed.
     """
 
     def __init__(self, engine: Engine | str | Path, options: RuntimeOptions | None = None) -> None:
@@ -60,7 +69,12 @@ class Session:
         self._engine = engine
         self._options = options if options is not None else RuntimeOptions()
         self._lock = threading.Lock()
-        self._runner: Any = get_backend(engine.manifest.backend).open(engine, self._options)
+        backend = get_backend(engine.manifest.backend)
+        stored, name = Fingerprint.from_dict(engine.manifest.fingerprint), f"engine {engine.folder}"
+        wanted = fingerprint.here(stored, backend)
+        for difference in fingerprint.check(stored, wanted, name=name):
+            log.info("%s: %s", name, difference)
+        self._runner: Any = backend.open(engine, self._options)
         self._specs = {spec.name: spec for spec in engine.manifest.inputs}
 
     @property
@@ -293,7 +307,7 @@ def load(engine: Engine | str | Path, options: RuntimeOptions | None = None) -> 
         options: how to run it; the defaults of :class:`RuntimeOptions` when None.
 
     Raises:
-        SessionError, EngineCorruptError: as for :class:`Session`.
+        SessionError, StoreError, MissingDependencyError: as for :class:`Session`.
     """
     return Session(engine, options)
 

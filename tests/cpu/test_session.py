@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 
 from sn72engine.builder import build
 from sn72engine.engine import Engine
-from sn72engine.errors import EngineCorruptError, InputError, SessionError
+from sn72engine.errors import EngineCorruptError, EngineMismatchError, InputError, SessionError
 from sn72engine.preprocessing import preprocess
 from sn72engine.session import DeviceRunner, Session, load
 from sn72engine.spec import BuildOptions, RuntimeOptions, ShapeRange
@@ -332,6 +333,38 @@ def test_a_folder_is_hash_checked(tmp_path: Path) -> None:
     made.path.write_bytes(made.path.read_bytes() + b"x")
     with pytest.raises(EngineCorruptError):
         load(made.folder)
+
+
+def made_elsewhere(engine: Engine, **changes: str) -> Engine:
+    """The engine as if it had been built with another library, or on another platform."""
+    stored = {**engine.manifest.fingerprint, **changes}
+    return replace(engine, manifest=replace(engine.manifest, fingerprint=stored))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"backend_version": "1.2.0"}, r"backend_version was 1\.2\.0 .* build again with"),
+        ({"target": "cpu-windows-arm64"}, r"target was cpu-windows-arm64 .* and is cpu-"),
+    ],
+)
+def test_an_engine_that_was_made_for_something_else_is_refused(
+    engine: Engine, changes: dict[str, str], reason: str
+) -> None:
+    with pytest.raises(EngineMismatchError, match=reason):
+        load(made_elsewhere(engine, **changes))
+
+
+def test_a_soft_difference_is_logged(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    version = f"{engine.manifest.backend_version}.post9"
+    caplog.set_level("INFO", logger="sn72engine.session")
+    with load(made_elsewhere(engine, backend_version=version)) as session:
+        assert session(np.zeros((2, 4), np.float32)).shape == (2, 3)
+    assert version in caplog.text
+    assert "may be used" in caplog.text
+    caplog.clear()
+    load(engine).close()
+    assert not caplog.records
 
 
 def test_closed_sessions_say_so(engine: Engine) -> None:
