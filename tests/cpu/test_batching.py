@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import queue
 import random
 import threading
 import time
@@ -401,14 +402,12 @@ def test_an_observer_that_raises_costs_no_answer(model: Model) -> None:
 
 
 def test_callbacks_may_call_the_batcher(model: Model) -> None:
-    seen: list[Future[Result]] = []
+    seen: queue.SimpleQueue[Future[Result]] = queue.SimpleQueue()
     with MicroBatcher(model, BatchingOptions(max_wait=0.0)) as batcher:
         model.hold(batcher)
-        future = batcher.submit(1)
-        future.add_done_callback(lambda f: seen.append(batcher.submit(2)))
+        batcher.submit(1).add_done_callback(lambda f: seen.put(batcher.submit(2)))
         model.gate.set()
-        future.result(60)
-    assert seen[0].result(60) == answer_of(2)
+        assert seen.get(timeout=60).result(60) == answer_of(2)
 
 
 # ---------------------------------------------------------------- closing

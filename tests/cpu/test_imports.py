@@ -26,6 +26,7 @@ OPTIONAL = (
     "onnxscript",
     "onnxslim",
     "openvino",
+    "prometheus_client",
     "rapidocr",
     "skimage",
     "tensorrt",
