@@ -23,8 +23,13 @@ def replacing(path: Path) -> Iterator[Path]:
     If the body raises, the scratch file is removed and ``path`` is untouched. The folder is
     created when absent. The rename is atomic on POSIX because both names share a file system.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    except OSError as error:
+        # The caller knows the file by its own name, not by the scratch file's or a folder's.
+        reason = f"{error.strerror}, for folder {path.parent}"
+        raise OSError(error.errno, reason, str(path)) from error
     os.close(handle)
     scratch = Path(name)
     try:

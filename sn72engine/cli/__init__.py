@@ -6,7 +6,7 @@ Exit codes, the same for every sub-command:
     1    unexpected error, or problems found by doctor
     2    wrong option, key or argument
     3    an optional package is missing; the message names the pip command
-    4    bad input: image, tensor, calibration data
+    4    bad input: image, tensor, calibration data; a file that cannot be read or written
     5    refused: export parity, quantisation, build or verification failed
     6    engine store: corrupt, mismatched or unusable entry
     7    an engine or cascade failed while running
@@ -18,11 +18,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 
 from sn72engine.cli.outcome import Outcome
-from sn72engine.errors import Sn72Error
+from sn72engine.errors import InputError, Sn72Error
 
 #: Sub-commands in the order of use. Each is ``sn72engine.cli.<name>`` with SUMMARY, EXAMPLES,
 #: ``arguments(parser)`` and ``execute(namespace) -> Outcome``.
@@ -46,21 +47,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         outcome: Outcome = options.execute(options)
+        print(json.dumps(outcome.data, indent=2) if options.json else outcome.text, flush=True)
     except Sn72Error as error:
-        return report_error(error, error.exit_code, as_json=options.json)
-    except (KeyboardInterrupt, BrokenPipeError):
+        return report_error(error, str(error), error.exit_code, as_json=options.json)
+    except KeyboardInterrupt:
         print("sn72engine: interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(outcome.data, indent=2) if options.json else outcome.text)
+    except BrokenPipeError:
+        # Whoever read the output has gone. What is left of it must go somewhere at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 130
+    except OSError as error:
+        if error.filename is None:  # no file of the user's
+            raise
+        message = f"{error.filename}: cannot be read or written ({error.strerror})"
+        return report_error(error, message, InputError.exit_code, as_json=options.json)
     return outcome.exit_code
 
 
-def report_error(error: Sn72Error, code: int, *, as_json: bool) -> int:
-    """Print a deliberate error without a traceback; returns its exit code."""
+def report_error(error: Exception, message: str, code: int, *, as_json: bool) -> int:
+    """Print why a command was refused, without a traceback; returns its exit code."""
     if as_json:
         kind = type(error).__name__
-        print(json.dumps({"error": {"type": kind, "message": str(error), "exit_code": code}}))
-    print(f"sn72engine: {error}", file=sys.stderr)
+        print(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
+    print(f"sn72engine: {message}", file=sys.stderr)
     return code
 
 

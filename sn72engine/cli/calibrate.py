@@ -56,6 +56,13 @@ def execute(options: argparse.Namespace) -> Outcome:
                 f"stage {stage.name!r} has combine={stage.combine!r}, when={stage.when!r}: "
                 "thresholds can be chosen for stages that replace and always run"
             )
+    # Checked before the work that they come after.
+    threshold_options = ThresholdOptions(
+        objective=options.objective,
+        target=options.target,
+        confidence=options.confidence,
+        task="top1" if spec.top1 else "binary",
+    )
     paths, labels = labelled(options.data, options.split)
     with open_stages(spec, RuntimeOptions(threads=options.threads)) as stages:
         table = score_stages(stages, paths)
@@ -63,12 +70,7 @@ def execute(options: argparse.Namespace) -> Outcome:
         list(table.probabilities),
         labels,
         table.seconds,
-        ThresholdOptions(
-            objective=options.objective,
-            target=options.target,
-            confidence=options.confidence,
-            task="top1" if spec.top1 else "binary",
-        ),
+        threshold_options,
         stage_labels=None if table.labels is None else list(table.labels),
     )
     tuned = with_choice(spec, choice)

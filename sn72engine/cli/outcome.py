@@ -46,7 +46,11 @@ def preprocess_argument(text: str) -> Preprocess:
         if Path(text).suffix in (".json", ".yaml", ".yml"):
             import yaml
 
-            return Preprocess.from_dict(yaml.safe_load(Path(text).read_text()), where=text)
+            try:
+                read = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+            except (UnicodeDecodeError, yaml.YAMLError) as error:
+                raise OptionError(f"{text}: neither YAML nor JSON ({error})") from error
+            return Preprocess.from_dict(read, where=text)
         values: dict[str, Any] = {}
         for pair in filter(None, text.split(",")):
             key, _, value = pair.partition("=")
@@ -132,9 +136,16 @@ def module_from_file(path: Path) -> Any:
 
 def engine_folder(text: str) -> Path:
     """Folder of an engine named by path, or by its key (or a unique start of it) in the store."""
+    if not text:
+        raise InputError("'' names no engine; give its folder or the start of its key")
     path = Path(text)
     if path.is_dir():
         return path
+    if path.is_file():
+        raise InputError(
+            f"{text} is a file; give the folder of an engine, or the start of its key "
+            "(`sn72engine build` makes an engine of an ONNX file)"
+        )
     from sn72engine.store import Store
 
     matches = [entry for entry in Store().entries() if entry.key.startswith(text)]

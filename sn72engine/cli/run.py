@@ -7,6 +7,7 @@ import glob
 import json
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,14 @@ def execute(options: argparse.Namespace) -> Outcome:
     ends = None if options.deadline is None else time.monotonic() + options.deadline
     lines: list[str] = []
     statuses: Counter[str] = Counter()
-    with (
-        Cascade(cascade_spec(options), runtime=RuntimeOptions(threads=options.threads)) as cascade,
-        Progress("run", len(paths), unit="image") as bar,
-    ):
+    with ExitStack() as opened:
+        scratch = None
+        if options.output is not None:
+            # Before the work, so that a place that cannot be written to is found at once.
+            scratch = opened.enter_context(atomic.replacing(options.output))
+        runtime = RuntimeOptions(threads=options.threads)
+        cascade = opened.enter_context(Cascade(cascade_spec(options), runtime=runtime))
+        bar = opened.enter_context(Progress("run", len(paths), unit="image"))
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]
             left = None if ends is None else ends - time.monotonic()
@@ -64,17 +69,17 @@ def execute(options: argparse.Namespace) -> Outcome:
                 statuses[result.status.value] += 1
             bar.step(len(chunk))
         report = cascade.report()
-    text = "".join(f"{line}\n" for line in lines)
+        if scratch is not None:
+            scratch.write_text("".join(f"{line}\n" for line in lines))
     data: dict[str, Any] = {"images": len(paths), "statuses": dict(statuses)}
     data["cascade"] = report.to_dict()
     summary = f"{len(paths)} images: " + ", ".join(f"{n} {s}" for s, n in statuses.most_common())
     if options.output is not None:
-        atomic.write_text(options.output, text)
         return Outcome({**data, "output": str(options.output)}, f"{summary} -> {options.output}")
     if options.json:
         return Outcome({**data, "results": [json.loads(line) for line in lines]}, "")
     print(summary, file=sys.stderr)
-    return Outcome(data, text.rstrip("\n"))
+    return Outcome(data, "\n".join(lines))
 
 
 def cascade_spec(options: argparse.Namespace) -> Any:
@@ -84,10 +89,11 @@ def cascade_spec(options: argparse.Namespace) -> Any:
     if Path(options.subject).suffix in (".yaml", ".yml"):
         return CascadeSpec.from_yaml(Path(options.subject))
     folder = engine_folder(options.subject)
-    # Never sure: the answer of the only stage stands, whatever it is.
-    thresholds = (0.0, 1.0) if options.score == "top1" else (0.5, 0.5)
-    low, high = thresholds
-    stage = StageSpec("engine", engine=str(folder), score=options.score, low=low, high=high)
+    # No room between the thresholds: the answer of the only stage stands, whatever it is.
+    threshold = 0.0 if options.score == "top1" else 0.5
+    stage = StageSpec(
+        "engine", engine=str(folder), score=options.score, low=threshold, high=threshold
+    )
     return CascadeSpec((stage,))
 
 

@@ -39,6 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> Outcome:
     """Verify and record the outcome in the manifest; exit code 5 when refused."""
     from sn72engine.calibration import batches, labelled
+    from sn72engine.samples import spread
     from sn72engine.session import load
     from sn72engine.store import Store
     from sn72engine.verifier import verify
@@ -51,10 +52,14 @@ def execute(options: argparse.Namespace) -> Outcome:
         labels = None
         if options.labels:
             paths, labels = labelled(options.data, options.split)
-            chosen = slice(None, options.limit)
-            source, labels = paths[chosen], labels[chosen]
-        limit = None if options.labels else options.limit
-        data = batches(source, candidate.preprocess, CalibrationOptions(limit=limit, minimum=1))
+            chosen = list(spread(len(paths), options.limit))
+            source, labels = [paths[i] for i in chosen], labels[chosen]
+        data = batches(
+            source,
+            candidate.preprocess,
+            CalibrationOptions(limit=options.limit, minimum=1),
+            split=options.split,
+        )
         report = verify(
             candidate,
             reference,
@@ -69,6 +74,7 @@ def execute(options: argparse.Namespace) -> Outcome:
             ),
         )
         engine = candidate.engine
-    if engine.folder.parent.parent == Store().root:
-        Store().update_manifest(engine, verification=report.to_dict())
+    store = Store()
+    if engine.folder.resolve().parent.parent == store.root.resolve():
+        store.update_manifest(engine, verification=report.to_dict())
     return Outcome(report.to_dict(), report.render(), 0 if report.passed else 5)

@@ -43,3 +43,11 @@ def test_the_mode_follows_the_umask(tmp_path: Path, mask: int) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    target = tmp_path / "file" / "below.txt"
+    with pytest.raises(OSError, match=f"for folder {tmp_path / 'file'}") as refused:
+        atomic.write_text(target, "text")
+    assert refused.value.filename == str(target)

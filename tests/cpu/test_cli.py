@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +20,12 @@ from PIL import Image
 from sn72engine import cli
 from sn72engine.cascade.spec import CascadeSpec
 from sn72engine.cli.outcome import batch_range, key_values, load_object, preprocess_argument
+from sn72engine.cli.run import cascade_spec
 from sn72engine.errors import InputError, OptionError
+from sn72engine.image_files import labelled
 from sn72engine.model import OnnxModel
 from sn72engine.spec import Preprocess, ShapeRange
-from sn72engine.store import Store
+from sn72engine.store import Store, open_engine
 
 #: Two models that answer "is the picture bright?"; ``corner`` sees one corner only, so it errs.
 FACTORIES = """
@@ -485,6 +490,143 @@ def test_code_7_for_a_stage_that_fails(
     assert "stage 'ask', image 0" in said
 
 
+def test_code_4_for_a_file_that_cannot_be_written(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    output = tmp_path / "file" / "results.jsonl"
+    said = refusal(capsys, 4, "run", workspace.cascade, workspace.photos, "-o", output)
+    assert str(output) in said
+    said = refusal(capsys, 4, "quantize", workspace.model, "--data", workspace.photos, "-o", output)
+    assert str(tmp_path / "file") in said
+
+
+def test_run_finds_out_before_the_work_that_it_cannot_write(
+    workspace: Workspace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sn72engine.cascade import Cascade
+
+    def called(*_: object, **__: object) -> None:
+        raise AssertionError("images were run")
+
+    monkeypatch.setattr(Cascade, "__call__", called)
+    (tmp_path / "file").write_text("in the way")
+    refusal(capsys, 4, "run", workspace.cascade, workspace.photos, "-o", tmp_path / "file" / "r")
+
+
+def test_a_failing_run_leaves_the_old_results(
+    workspace: Workspace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sn72engine.cascade import Cascade
+
+    run, calls = Cascade.__call__, []
+
+    def second_call_stops(self: Cascade, images: Any, **options: Any) -> Any:
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(self, images, **options)
+
+    monkeypatch.setattr(Cascade, "__call__", second_call_stops)
+    (tmp_path / "r.jsonl").write_text("old")
+    arguments = ("run", workspace.cascade, workspace.photos, "-o", tmp_path / "r.jsonl")
+    assert cli.main([str(a) for a in arguments]) == 130
+    capsys.readouterr()
+    assert len(calls) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["r.jsonl"]
+    assert (tmp_path / "r.jsonl").read_text() == "old"
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax", "probability", "top1"])
+def test_the_answer_of_an_engine_by_itself_stands(workspace: Workspace, score: str) -> None:
+    spec = cascade_spec(argparse.Namespace(subject=workspace.whole, score=score))
+    low, high = spec.stages[0].thresholds
+    # Nothing lies between them: no answer is left undecided but a tie.
+    assert low == high
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m sn72engine cache list --json | true"
+    done = subprocess.run(
+        ["sh", "-c", command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SN72_CACHE_DIR": str(tmp_path)},
+        check=False,
+    )
+    assert done.stderr == ""
+
+
+def test_calibrate_checks_its_options_before_it_scores(
+    workspace: Workspace,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sn72engine.cascade import tuning
+
+    monkeypatch.setattr(tuning, "score_stages", lambda *_: pytest.fail("images were scored"))
+    arguments = ("calibrate", workspace.cascade, "--data", workspace.labels, "--confidence", "2")
+    assert "confidence=2.0" in refusal(capsys, 2, *arguments)
+
+
+def test_verify_takes_labels_from_all_of_the_data(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Sorted by label, as a folder per class is: the first ten all have one label.
+    paths, labels = labelled(workspace.labels)
+    order = np.argsort(labels, kind="stable")
+    table = tmp_path / "sorted.csv"
+    rows = [
+        f"{paths[i].resolve()},{labels[i]},{'all' if n else 'one'}" for n, i in enumerate(order)
+    ]
+    table.write_text("file,label,split\n" + "\n".join(rows) + "\n")
+    common = ("verify", workspace.whole, "--reference", workspace.whole, "--no-speed")
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        import sn72engine.verifier
+
+        real = sn72engine.verifier.verify
+        patch.setattr(
+            sn72engine.verifier,
+            "verify",
+            lambda *a, labels=None, **k: seen.append(labels) or real(*a, labels=labels, **k),
+        )
+        data = answer(capsys, *common, "--data", table, "--labels", "--limit", 10)
+    assert data["samples"] == 10
+    assert set(seen[0]) == {0, 1}
+    # Without labels the split holds too.
+    assert answer(capsys, *common, "--data", table, "--split", "one")["samples"] == 1
+
+
+def test_verify_records_its_verdict_however_the_engine_is_named(
+    workspace: Workspace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Store().root / "engines" / workspace.corner
+    Store().update_manifest(open_engine(folder), verification=None)
+    (tmp_path / "link").symlink_to(folder)
+    arguments = ("--reference", workspace.corner, "--data", workspace.photos, "--no-speed")
+    answer(capsys, "verify", tmp_path / "link", *arguments, "--limit", 4)
+    verification = open_engine(folder).manifest.verification
+    assert verification is not None
+    assert verification["samples"] == 4
+
+
+def test_what_is_no_engine_is_named(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "sn72engine build" in refusal(capsys, 4, "bench", workspace.model)
+    assert "''" in refusal(capsys, 4, "bench", "")
+
+
 def test_code_130_when_interrupted(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -547,6 +689,10 @@ def test_preprocess_from_a_file_and_from_pairs(tmp_path: Path) -> None:
     wanted = Preprocess(height=16, width=24, fit="pad", mean=(1, 2, 3))
     assert preprocess_argument(str(file)) == wanted
     assert preprocess_argument("height=16,width=24,fit=pad,mean=1/2/3") == wanted
+    for text in ("a: [", "\x00", "- 1"):
+        file.write_text(text)
+        with pytest.raises(argparse.ArgumentTypeError, match=r"p\.yaml"):
+            preprocess_argument(str(file))
 
 
 def test_objects_from_modules_and_files(tmp_path: Path) -> None:
