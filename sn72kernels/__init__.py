@@ -10,22 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sn72kernels.library import Choice
+    from sn72kernels.ops.attention.op import attention
     from sn72kernels.ops.cascade_route.op import cascade_route
     from sn72kernels.ops.classifier_head.op import classifier_head
     from sn72kernels.ops.ensemble_vote.op import ensemble_vote
     from sn72kernels.ops.layernorm_gelu.op import layernorm_gelu
+    from sn72kernels.ops.preprocess.op import preprocess
     from sn72kernels.ops.quantize.op import dequantize, quantize
     from sn72kernels.ops.quantize_blocks.op import dequantize_blocks, quantize_blocks
     from sn72kernels.ops.rope.op import rope, rope_
 
 # Public op -> folder under sn72kernels.ops that defines it.
 OPS: dict[str, str] = {
+    "attention": "attention",
     "cascade_route": "cascade_route",
     "classifier_head": "classifier_head",
     "dequantize": "quantize",
     "dequantize_blocks": "quantize_blocks",
     "ensemble_vote": "ensemble_vote",
     "layernorm_gelu": "layernorm_gelu",
+    "preprocess": "preprocess",
     "quantize": "quantize",
     "quantize_blocks": "quantize_blocks",
     "rope": "rope",
@@ -34,6 +38,7 @@ OPS: dict[str, str] = {
 
 __all__ = [
     "OPS",
+    "attention",
     "cascade_route",
     "classifier_head",
     "dequantize",
@@ -41,6 +46,7 @@ __all__ = [
     "ensemble_vote",
     "explain",
     "layernorm_gelu",
+    "preprocess",
     "quantize",
     "quantize_blocks",
     "rope",

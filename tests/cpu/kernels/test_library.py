@@ -56,6 +56,8 @@ sn72kernels.dequantize_blocks(*sn72kernels.quantize_blocks(torch.randn(2, 32)))
 sn72kernels.classifier_head(x, x, None, torch.rand(3), None)
 heads = torch.randn(1, 2, 5, 16)
 sn72kernels.rope(heads, heads, torch.rand(4, 16), torch.rand(4, 16))
+sn72kernels.attention(heads, heads, heads)
+sn72kernels.preprocess(torch.zeros(9, 8, 3, dtype=torch.uint8), (4, 4))
 for op, args in {"layernorm_gelu": [x], "cascade_route": [vote], "ensemble_vote": [[vote]]}.items():
     assert sn72kernels.explain(op, *args).implementation == "reference"
 """

@@ -1,0 +1,1 @@
+"""Attention of a vision transformer: every token sees every token."""

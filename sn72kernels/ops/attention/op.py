@@ -1,0 +1,247 @@
+"""Attention: the choice of implementation, checks, configuration, launcher and registration."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from sn72kernels import device as devices
+from sn72kernels import library, tuning
+from sn72kernels.errors import ArgumentError, ShapeError, check_tensor
+from sn72kernels.ops.attention import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# float32 in tensor cores takes three products each, more than the registers hold.
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+LARGEST_DEPTH = 128  # of the Triton kernel
+FLASH_DEPTH = 256  # of flash-attn
+
+Implementation = Literal["auto", "flash_attn", "triton", "sdpa"]
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+) -> torch.Tensor:
+    """``softmax(q k^T * scale) v``, with no mask and no dropout.
+
+    ``"auto"`` takes, for float16 and bfloat16, flash-attn where it is installed, else the Triton
+    kernel for heads up to 128; for all else ``scaled_dot_product_attention``.
+    ``sn72kernels.explain("attention", q, k, v)`` says which runs and why. Sums and the softmax
+    are float32. Not differentiable.
+
+    Args:
+        q: shape (B, H, T, D); any strides; float32, float16, bfloat16 or float64.
+        k: shape (B, H, S, D), S >= 1, dtype of ``q``.
+        v: shape (B, H, S, D), likewise.
+        scale: factor of the scores; ``1 / sqrt(D)`` when None.
+        implementation: ``"auto"``, or one to insist on.
+
+    Returns:
+        Shape (B, H, T, D), in memory (B, T, H, D): ``out.transpose(1, 2).flatten(2)`` joins the
+        heads without a copy.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
+        ArgumentError: no such ``implementation``, or it cannot run these arguments here.
+    """
+    _check(q, k, v)
+    chosen = explain(q, k, v, scale=scale, implementation=implementation)
+    if implementation not in ("auto", chosen.implementation):
+        raise ArgumentError(f"implementation={implementation!r} cannot run here: {chosen.reason}")
+    factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    out: torch.Tensor = _attention(q.detach(), k.detach(), v.detach(), factor, implementation)
+    return out
+
+
+def explain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+) -> library.Choice:
+    """Which implementation a call with these arguments would run, and why."""
+    known = get_args(Implementation)
+    if implementation not in known:
+        raise ArgumentError(f"implementation is {implementation!r}; give one of {', '.join(known)}")
+    choice = library.choose(ATTENTION, q.device, q, k, v, 1.0, implementation)
+    if choice.implementation == "reference":
+        return library.Choice(choice.op, "sdpa", choice.reason)
+    kernel, reason = _kernel(q, implementation)
+    if kernel == "flash_attn":
+        return library.Choice(choice.op, kernel, reason)
+    config = asdict(attention_config(q.shape[3], q.element_size()))
+    return library.Choice(choice.op, kernel, reason, config)
+
+
+@functools.cache
+def flash_available() -> bool:
+    """Whether flash-attn can be found; it is not imported."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _kernel(q: torch.Tensor, implementation: str) -> tuple[str, str]:
+    """Which of the two kernels runs on a CUDA tensor, and why."""
+    if implementation != "triton":
+        if not flash_available():
+            why = "flash-attn is not installed"
+        elif q.shape[3] > FLASH_DEPTH or q.shape[3] % 8:
+            why = f"flash-attn does not take heads of {q.shape[3]}"
+        elif devices.arch(q.device) < 80:
+            why = f"flash-attn does not run on sm_{devices.arch(q.device)}"
+        else:
+            return "flash_attn", "flash-attn is installed and takes these tensors"
+    else:
+        why = "it was asked for"
+    return "triton", why
+
+
+# --- configuration and launcher ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """How the scores are cut.
+
+    Attributes:
+        queries: queries per program.
+        keys: keys per step.
+        cols: columns of a head in the first part, a power of two.
+        rest: columns in the second part, a power of two, or 0.
+        warps: warps per program.
+        stages: steps whose loads are in flight.
+    """
+
+    queries: int
+    keys: int
+    cols: int
+    rest: int
+    warps: int
+    stages: int
+
+
+@functools.cache
+def attention_config(depth: int, itemsize: int) -> AttentionConfig:
+    """Configuration for heads of ``depth`` columns of ``itemsize`` bytes.
+
+    A head is a power of two and a rest, each at least 16, the least of a matrix instruction.
+    Shared memory of two stages stays below the 99 KiB of the smallest supported part.
+    """
+    cols = max(16, 1 << (depth.bit_length() - 1))
+    rest = max(16, tuning.power_of_two(depth - cols)) if depth > cols else 0
+    if itemsize == 4:
+        return AttentionConfig(32, 32, cols, rest, 4, 2)
+    if depth <= 64:
+        return AttentionConfig(128, 64, cols, rest, 8, 3)
+    return AttentionConfig(128, 64, cols, rest, 8, 2)
+
+
+def launch_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, implementation: str
+) -> torch.Tensor:
+    """CUDA counterpart of :func:`reference.attention`: flash-attn, or Triton."""
+    if _kernel(q, implementation)[0] == "flash_attn":
+        return _flash(q, k, v, scale)
+    return launch_triton(q, k, v, scale)
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    from flash_attn import flash_attn_func
+
+    tokens_first = (t.transpose(1, 2) for t in (q, k, v))
+    out: torch.Tensor = flash_attn_func(*tokens_first, softmax_scale=scale)
+    return out.transpose(1, 2)
+
+
+def launch_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """The Triton kernel."""
+    from sn72kernels.ops.attention import kernel
+
+    batch, heads, tokens, depth = q.shape
+    out = torch.empty((batch, tokens, heads, depth), dtype=q.dtype, device=q.device).transpose(1, 2)
+    if out.numel() == 0:
+        return out
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    config = attention_config(depth, q.element_size())
+    library.launch(
+        kernel.attention, (-(-tokens // config.queries), batch * heads),
+        q, k, v, out, heads, tokens, k.shape[2], scale * math.log2(math.e),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        DEPTH=depth, COLS=config.cols, REST=config.rest,
+        QUERIES=config.queries, KEYS=config.keys,
+        PRECISION="ieee",
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out
+
+
+# --- registration --------------------------------------------------------------------------
+
+
+def _fake_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, implementation: str
+) -> torch.Tensor:
+    batch, heads, tokens, depth = q.shape
+    return q.new_empty((batch, tokens, heads, depth)).transpose(1, 2)
+
+
+def _unsupported(*args: Any) -> str | None:
+    q, implementation = args[0], args[4]
+    if implementation == "sdpa":
+        return "it was asked for"
+    if q.dtype not in KERNEL_DTYPES:
+        return f"SDPA is the better kernel for {q.dtype}"
+    kernel, why = _kernel(q, implementation)
+    if kernel == "triton" and q.shape[3] > LARGEST_DEPTH:
+        return f"heads of {q.shape[3]} are wider than {LARGEST_DEPTH}, and {why}"
+    return None
+
+
+ATTENTION = library.OpSpec(
+    name="attention",
+    schema="(Tensor q, Tensor k, Tensor v, float scale, str implementation) -> Tensor",
+    reference=reference.attention,
+    launch=launch_attention,
+    fake=_fake_attention,
+    unsupported=_unsupported,
+)
+_attention = library.register(ATTENTION)
+
+
+# --- checks --------------------------------------------------------------------------------
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    check_tensor("q", q, shape=(None, None, None, None), dtype=DTYPES)
+    batch, heads, _, depth = q.shape
+    check_tensor("k", k, shape=(batch, heads, None, depth), dtype=q.dtype, device=q.device)
+    check_tensor("v", v, shape=k.shape, dtype=q.dtype, device=q.device)
+    if k.shape[2] == 0 or depth == 0:
+        raise ShapeError(
+            f"Invalid shape of k: expected at least one key and one column, got {tuple(k.shape)}"
+        )
+
+
+def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Launcher calls that between them reach every kernel, for compile-only checks."""
+
+    def case(dtype: torch.dtype, depth: int) -> tuple[Any, tuple[Any, ...]]:
+        x = torch.empty(2, 581, 16, depth, dtype=dtype, device="meta").transpose(1, 2)
+        return launch_triton, (x, x, x, 0.125)
+
+    return {
+        "float16 D=64": case(torch.float16, 64),
+        "float16 D=80": case(torch.float16, 80),
+        "bfloat16 D=128": case(torch.bfloat16, 128),
+    }

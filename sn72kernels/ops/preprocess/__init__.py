@@ -1,0 +1,1 @@
+"""Pixels to the tensor a model takes: crop, antialiased resize, normalise, transpose."""
