@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -127,6 +128,9 @@ def require(module: str, *, purpose: str, submodule: str = "") -> Any:
             f"needed to {purpose}; run: {dependency.hint}"
         )
     name = f"{module}.{submodule}" if submodule else module
+    # ONNX Runtime, which others load too, sends usage data unless this is set before it loads.
+    # A user who wants that sets the variable to 0.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         with _hidden(dependency.without):
             imported: ModuleType = importlib.import_module(name)
@@ -142,14 +146,17 @@ def require(module: str, *, purpose: str, submodule: str = "") -> Any:
 @contextmanager
 def _hidden(module: str) -> Iterator[None]:
     """Make ``import module`` fail meanwhile, as if it were not installed; "" hides nothing."""
-    if not module or module in sys.modules:
+    if not module:
         yield
         return
+    before = sys.modules.get(module)
     sys.modules[module] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        del sys.modules[module]
+        sys.modules.pop(module, None)
+        if before is not None:
+            sys.modules[module] = before
 
 
 def _older(installed: str, floor: str) -> bool:

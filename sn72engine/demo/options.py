@@ -34,7 +34,7 @@ class DemoOptions(Options):
 
     def __post_init__(self) -> None:
         check_int("calibration", self.calibration, 8)
-        check_int("evaluation", self.evaluation, 64)
+        check_int("evaluation", self.evaluation, 100)
         check_int("threads", self.threads, 1)
         check_int("seed", self.seed, 0)
         check_choice("target", self.target, ("", "sm_75", "sm_80", "sm_86", "sm_89", "sm_120"))

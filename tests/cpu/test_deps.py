@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -65,3 +68,18 @@ def test_the_hint_leads_to_a_declared_requirement(dependency: _deps.Dependency) 
         line.partition(">=")[0]: line.partition(">=")[2].partition(",")[0] for line in lines
     }
     assert any(declared.get(name) == dependency.floor for name in dependency.distributions)
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "1"), ("0", "0")])
+def test_onnxruntime_sends_no_usage_data_unless_asked_to(given: str | None, found: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    if given is not None:
+        environment["ORT_DISABLE_TELEMETRY"] = given
+    code = (
+        "import os; from sn72engine import _deps; _deps.require('onnxruntime', purpose='test'); "
+        "print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.strip() == found
