@@ -18,7 +18,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import nn
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
@@ -91,6 +90,8 @@ def fidelity(model: OnnxModel, samples: np.ndarray, wanted: np.ndarray) -> str:
     with tempfile.TemporaryDirectory() as folder:
         half = Path(folder) / "half.onnx"
         to_half(model.path, half)
+        import onnxruntime  # after sn72engine, which keeps it from sending usage data
+
         session = onnxruntime.InferenceSession(str(half), providers=["CPUExecutionProvider"])
         answers = [session.run(None, {"pixel_values": sample[None]})[0] for sample in samples]
     got, wanted = np.concatenate(answers).ravel(), wanted.ravel()
