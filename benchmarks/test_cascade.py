@@ -22,24 +22,36 @@ BATCH = 8
 STAGE_SECONDS = 0.010
 
 
-def stage_of(seconds: float, scores: np.ndarray) -> Callable[[Sequence[Any]], np.ndarray]:
-    """A stage that takes a known time without using the processor, as one on a GPU does."""
+def stage_of(
+    seconds: float, scores: np.ndarray, kind: str
+) -> Callable[[Sequence[Any]], np.ndarray]:
+    """A stage that takes a known time.
+
+    ``busy`` computes, as an engine on a CPU does. ``asleep`` leaves the processor, as one on a
+    GPU does; whatever runs after it starts with cold caches and a processor that was idle.
+    """
 
     def call(images: Sequence[Any]) -> np.ndarray:
-        time.sleep(seconds)
+        if kind == "asleep":
+            time.sleep(seconds)
+        else:
+            end = time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                pass
         return scores[: len(images)]
 
     return call
 
 
 @pytest.mark.parametrize("deadline", [None, 60.0], ids=["no deadline", "deadline"])
+@pytest.mark.parametrize("kind", ["busy", "asleep"])
 @pytest.mark.parametrize("stages", [1, 3])
-def test_overhead(benchmark: Any, stages: int, deadline: float | None) -> None:
+def test_overhead(benchmark: Any, stages: int, kind: str, deadline: float | None) -> None:
     """Every sample goes through every stage: the most work that the cascade can have."""
     unsure = np.full(BATCH, 0.5, np.float32)
     names = [f"s{i}" for i in range(stages)]
     spec = CascadeSpec(tuple(StageSpec(name) for name in names))
-    objects = {name: stage_of(STAGE_SECONDS, unsure) for name in names}
+    objects = {name: stage_of(STAGE_SECONDS, unsure, kind) for name in names}
     images = [np.zeros((224, 224, 3), np.uint8)] * BATCH
     with Cascade(spec, objects) as cascade:
         results = benchmark(cascade, images, deadline=deadline)
