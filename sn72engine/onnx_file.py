@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sn72engine import _deps
-from sn72engine.model import write_record
+from sn72engine.errors import BuildError
+from sn72engine.model import OnnxModel, write_record
 from sn72kernels import atomic
 
 #: Weights above this many bytes go to a second file; protobuf holds less than 2 GiB.
@@ -76,6 +78,27 @@ def save(proto: Any, path: Path, external_data_bytes: int = EXTERNAL_DATA_BYTES)
     """Write a ModelProto to ``path`` atomically; see :func:`write` and :func:`replacing`."""
     with replacing(path) as scratch:
         write(proto, scratch, external_data_bytes)
+
+
+def copy(model: OnnxModel, target: Path) -> None:
+    """Copy an ONNX file and its weight files; weights keep their names, which the file holds.
+
+    Raises:
+        BuildError: a weight file is absent, lies elsewhere, or is named like ``target``.
+    """
+    shutil.copyfile(model.path, target)
+    for weights in model.external_files():
+        if weights.parent != model.path.parent or weights.name in (target.name, ".."):
+            raise BuildError(
+                f"{model.path.name}: weight file {weights} must lie beside the ONNX file, under "
+                f"another name than {target.name!r}; save the model again"
+            )
+        if not weights.is_file():
+            raise BuildError(
+                f"{model.path.name}: weight file {weights.name!r} is absent; keep it beside the "
+                "ONNX file"
+            )
+        shutil.copyfile(weights, target.parent / weights.name)
 
 
 def set_record(path: Path, record: Mapping[str, Any]) -> None:

@@ -20,7 +20,10 @@ Layout = Literal["nchw", "nhwc"]
 FloatType = Literal["float32", "float16"]
 Precision = Literal["fp32", "fp16", "int8"]
 CalibrationMethod = Literal["entropy", "max"]
-BackendName = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+BackendName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
+
+#: Backends whose engines run on a CPU when no target is given.
+CPU_BACKENDS = ("onnxruntime", "openvino")
 
 
 class Options:
@@ -286,13 +289,13 @@ class BuildOptions(Options):
     """How an ONNX file becomes an engine.
 
     Args:
-        backend: ``onnxruntime``, ``tensorrt`` or ``tensorrt_rtx``.
+        backend: ``onnxruntime``, ``openvino``, ``tensorrt`` or ``tensorrt_rtx``.
         batch: batch sizes the engine must accept.
         precision: of a float model's arithmetic, ``fp32`` or ``fp16``. A Q/DQ model says
             ``int8`` and keeps its other layers in ``fp16`` on TensorRT and ``fp32`` on a CPU.
         target: what the engine is for: ``cpu``, ``cuda`` (the card present) or, for
             ``tensorrt_rtx``, a compute capability such as ``sm_89``. Empty chooses ``cuda``
-            for TensorRT and ``cpu`` for ONNX Runtime.
+            for TensorRT and ``cpu`` for ONNX Runtime and OpenVINO.
         workspace_bytes: limit of the builder's scratch memory; None for the backend's own.
         optimization_level: builder effort, 0 to 5; None for the backend's own.
     """
@@ -315,8 +318,12 @@ class BuildOptions(Options):
         named = target.startswith("sm_") and target[3:].isdigit()
         if target and target not in ("cpu", "cuda") and not named:
             raise OptionError(f"target={target!r} must be 'cpu', 'cuda' or like 'sm_89'")
-        if target == "cpu" and self.backend != "onnxruntime":
-            raise OptionError(f"target='cpu' needs backend='onnxruntime', not {self.backend!r}")
+        if target == "cpu" and self.backend not in CPU_BACKENDS:
+            raise OptionError(
+                f"target='cpu' needs backend='onnxruntime' or 'openvino', not {self.backend!r}"
+            )
+        if target and target != "cpu" and self.backend == "openvino":
+            raise OptionError(f"target={target!r}: backend='openvino' builds for 'cpu' only")
         if named and self.backend != "tensorrt_rtx":
             raise OptionError(
                 f"target={target!r} needs backend='tensorrt_rtx'; {self.backend!r} builds for the "
@@ -326,7 +333,7 @@ class BuildOptions(Options):
     @property
     def resolved_target(self) -> str:
         """``target`` with the empty default filled in."""
-        return self.target or ("cpu" if self.backend == "onnxruntime" else "cuda")
+        return self.target or ("cpu" if self.backend in CPU_BACKENDS else "cuda")
 
     @classmethod
     def _nested(cls) -> Mapping[str, type[Options]]:
@@ -419,3 +426,45 @@ class VerifyOptions(Options):
             check_number("min_speedup", self.min_speedup, 0.0)
         check_int("batch", self.batch, 1)
         check_int("repeats", self.repeats, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class SelectOptions(Options):
+    """How the fastest engine for this machine's CPU is chosen.
+
+    Args:
+        backends: those that take part; one that is not installed is reported as refused. Of
+            equally fast engines the one named first wins.
+        batch: batch sizes the engine must accept.
+        verify: bounds that an engine must keep to take part, and batch size and repeats of the
+            timed calls. ``min_speedup`` must be None: engines are timed against each other.
+        runtime: how the engines are run while they are compared, so also how the chosen one
+            should be run.
+        fresh: choose again even where an earlier choice is remembered.
+    """
+
+    backends: tuple[BackendName, ...] = ("onnxruntime", "openvino")
+    batch: ShapeRange = field(default_factory=ShapeRange)
+    verify: VerifyOptions = field(default_factory=lambda: VerifyOptions(min_speedup=None))
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.backends or len(set(self.backends)) != len(self.backends):
+            raise OptionError(f"backends={self.backends!r} must hold at least one, none twice")
+        for backend in self.backends:
+            check_choice("backends", backend, CPU_BACKENDS)
+        if self.verify.min_speedup is not None:
+            raise OptionError(
+                f"verify.min_speedup={self.verify.min_speedup!r} must be None: engines are timed "
+                "against each other, not against the reference"
+            )
+        if self.verify.batch not in self.batch:
+            raise OptionError(
+                f"verify.batch={self.verify.batch!r} is to be timed, but batch={self.batch}"
+            )
+        check_choice("fresh", self.fresh, (True, False))
+
+    @classmethod
+    def _nested(cls) -> Mapping[str, type[Options]]:
+        return {"batch": ShapeRange, "verify": VerifyOptions, "runtime": RuntimeOptions}

@@ -9,6 +9,7 @@ import numpy as np
 
 from sn72engine.errors import BuildError, InputError, SessionError
 from sn72engine.session import Session
+from sn72engine.spec import CPU_BACKENDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +85,7 @@ def random_inputs(
 
 
 def _runs_here(backend: str, target: str) -> bool:
-    if backend == "onnxruntime":
+    if backend in CPU_BACKENDS:
         return True
     from sn72engine.backends.tensorrt import device_target
 

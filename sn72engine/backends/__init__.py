@@ -21,6 +21,10 @@ def get_backend(name: BackendName) -> Backend:
         from sn72engine.backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend()
+    if name == "openvino":
+        from sn72engine.backends.openvino import OpenVinoBackend
+
+        return OpenVinoBackend()
     from sn72engine.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend(name)

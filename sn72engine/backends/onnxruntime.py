@@ -9,13 +9,12 @@ thread: 18 ms to open the plain file, 18 ms the portable one, 11 ms the one tied
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sn72engine import _deps
+from sn72engine import _deps, onnx_file
+from sn72engine.backends.advice import explain
 from sn72engine.backends.base import Array, BuiltFiles
 from sn72engine.engine import Engine
 from sn72engine.errors import BuildError, MissingDependencyError, SessionError
@@ -109,7 +108,7 @@ class OnnxRuntimeBackend:
         elif model.precision == "int8" and device == "cpu":
             notes = lower_for_cpu(model.path, target)
         else:
-            _copy(model, target)
+            onnx_file.copy(model, target)
         _open(ort, target, device, RuntimeOptions(threads=1), BuildError)
         built = OnnxModel.open(target)
         weights = [path.name for path in built.external_files()]
@@ -156,7 +155,9 @@ class OnnxRuntimeRunner:
         try:
             results = self._session.run(self._names, inputs)
         except Exception as error:  # its exceptions share no base class
-            raise SessionError(f"ONNX Runtime failed while running: {_explain(error)}") from error
+            raise SessionError(
+                f"ONNX Runtime failed while running: {explain(str(error), _ADVICE)}"
+            ) from error
         return dict(zip(self._names, results, strict=True))
 
     def close(self) -> None:
@@ -195,7 +196,9 @@ def _open(
     try:
         session = ort.InferenceSession(str(path), settings, providers=providers)
     except Exception as error:  # its exceptions share no base class
-        raise error_type(f"ONNX Runtime refuses {path.name}: {_explain(error)}") from error
+        raise error_type(
+            f"ONNX Runtime refuses {path.name}: {explain(str(error), _ADVICE)}"
+        ) from error
     if device == "cuda" and session.get_providers()[0] != _CUDA:
         # ONNX Runtime falls back to the CPU with no more than a log line.
         raise error_type(
@@ -203,28 +206,3 @@ def _open(
             "CUDA and cuDNN versions with 'sn72engine doctor', or use target='cpu'"
         )
     return session
-
-
-def _explain(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    for pattern, advice in _ADVICE:
-        if re.search(pattern, text):
-            return f"{text[:400]}. {advice[0].upper()}{advice[1:]}"
-    return text[:600]
-
-
-def _copy(model: OnnxModel, target: Path) -> None:
-    """Copy the ONNX file and its weight files; weights keep their names, which the file holds."""
-    shutil.copyfile(model.path, target)
-    for weights in model.external_files():
-        if weights.parent != model.path.parent or weights.name in (_FILE, ".."):
-            raise BuildError(
-                f"{model.path.name}: weight file {weights} must lie beside the ONNX file, under "
-                f"another name than {_FILE!r}; save the model again"
-            )
-        if not weights.is_file():
-            raise BuildError(
-                f"{model.path.name}: weight file {weights.name!r} is absent; keep it beside the "
-                "ONNX file"
-            )
-        shutil.copyfile(weights, target.parent / weights.name)

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sn72engine.cli.outcome import Outcome, batch_range, megabytes, table
-from sn72engine.spec import BuildOptions, ShapeRange
+from sn72engine.errors import OptionError
+from sn72engine.spec import (
+    BuildOptions,
+    CalibrationOptions,
+    RuntimeOptions,
+    SelectOptions,
+    ShapeRange,
+    VerifyOptions,
+)
+
+if TYPE_CHECKING:
+    from sn72engine.engine import Engine
 
 SUMMARY = "build an engine from an ONNX file, or find it in the store"
 EXAMPLES = """\
   sn72engine build model.int8.onnx                                    # ONNX Runtime, this CPU
+  sn72engine build model.onnx --backend auto --quantized model.int8.onnx \\
+      --data photos/                                # the fastest for this CPU that is right
   sn72engine build model.onnx --backend tensorrt --precision fp16     # TensorRT, this GPU
   sn72engine build model.onnx --backend tensorrt_rtx --target sm_89 \\
       --precision fp16 --batch 1:8:32                                  # an RTX 4090, from anywhere
@@ -22,8 +36,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="ONNX file, float or Q/DQ")
     parser.add_argument(
         "--backend",
-        choices=("onnxruntime", "tensorrt", "tensorrt_rtx"),
+        choices=("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "auto"),
         default=BuildOptions().backend,
+        help="auto compares those for a CPU on --data and takes the fastest that is right",
     )
     parser.add_argument("--target", default="", help="cpu, cuda, or sm_89 and the like")
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32")
@@ -32,6 +47,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workspace-mb", type=int, help="limit of the builder's scratch memory")
     parser.add_argument("--optimization-level", type=int, help="builder effort, 0 to 5")
+    auto = parser.add_argument_group("with --backend auto")
+    auto.add_argument("--data", type=Path, help="images to compare on: folder, CSV or .npz")
+    auto.add_argument("--quantized", type=Path, help="Q/DQ file of the same model, to compare too")
+    auto.add_argument("--limit", type=int, default=256, help="most images; default 256")
+    auto.add_argument("--threads", type=int, help="CPU threads of a session; default all cores")
+    auto.add_argument("--fresh", action="store_true", help="do not take the choice made before")
 
 
 def execute(options: argparse.Namespace) -> Outcome:
@@ -39,6 +60,10 @@ def execute(options: argparse.Namespace) -> Outcome:
     from sn72engine.builder import build
     from sn72engine.model import OnnxModel
 
+    if options.backend == "auto":
+        return _select(options)
+    if options.data or options.quantized:
+        raise OptionError("--data and --quantized belong to --backend auto")
     engine = build(
         OnnxModel.open(options.model),
         BuildOptions(
@@ -50,6 +75,63 @@ def execute(options: argparse.Namespace) -> Outcome:
             optimization_level=options.optimization_level,
         ),
     )
+    return Outcome(
+        {"folder": str(engine.folder), "manifest": engine.manifest.to_dict()}, _describe(engine)
+    )
+
+
+def _select(options: argparse.Namespace) -> Outcome:
+    """Build with each CPU backend and take the fastest that answers as the float model does."""
+    from sn72engine.builder import build
+    from sn72engine.calibration import batches
+    from sn72engine.model import OnnxModel
+    from sn72engine.selection import select
+    from sn72engine.session import Session
+
+    if options.data is None:
+        raise OptionError(
+            "--backend auto compares engines on images: give some with --data, or name a backend"
+        )
+    if options.target not in ("", "cpu") or options.precision != "fp32":
+        raise OptionError(
+            "--backend auto builds for this CPU and chooses the precision: leave out --target and "
+            "--precision, and give an INT8 file with --quantized"
+        )
+    model = OnnxModel.open(options.model)
+    if model.precision != "fp32":
+        raise OptionError(
+            f"{options.model} is {model.precision}; --backend auto compares with a float32 file: "
+            "give that, and the Q/DQ file with --quantized"
+        )
+    if model.preprocess is None and options.data.suffix != ".npz":
+        raise OptionError(f"{options.model} holds no preprocessing; give the data as .npz")
+    models = {"fp32": model}
+    if options.quantized is not None:
+        models["int8"] = OnnxModel.open(options.quantized)
+    runtime, batch = RuntimeOptions(threads=options.threads), options.batch
+    size = min(max(CalibrationOptions().batch_size, batch.min), batch.max)
+    calibration = CalibrationOptions(batch_size=size, limit=options.limit, minimum=1)
+    data = batches(options.data, model.preprocess, calibration)
+    bounds = VerifyOptions(min_speedup=None, batch=batch.min)
+    with Session(build(model, BuildOptions(batch=batch)), runtime) as reference:
+        selection = select(
+            models,
+            reference,
+            data,
+            options=SelectOptions(batch=batch, verify=bounds, runtime=runtime, fresh=options.fresh),
+        )
+    manifest = selection.engine.manifest.to_dict()
+    return Outcome(
+        {
+            "folder": str(selection.engine.folder),
+            "manifest": manifest,
+            "selection": selection.to_dict(),
+        },
+        f"{_describe(selection.engine)}\n{selection.render()}",
+    )
+
+
+def _describe(engine: Engine) -> str:
     manifest = engine.manifest
     rows: list[tuple[str, object]] = [
         ("engine", engine.folder),
@@ -61,4 +143,4 @@ def execute(options: argparse.Namespace) -> Outcome:
         ("built", f"{manifest.created} in {manifest.build_seconds:.1f} s"),
         *(("note", note) for note in manifest.notes),
     ]
-    return Outcome({"folder": str(engine.folder), "manifest": manifest.to_dict()}, table(rows))
+    return table(rows)

@@ -49,8 +49,8 @@ def made(tmp_path: Path, model: OnnxModel, options: BuildOptions | None = None) 
 
 def test_chosen_by_name() -> None:
     assert isinstance(get_backend("onnxruntime"), OnnxRuntimeBackend)
-    with pytest.raises(OptionError, match="'openvino' is not one of onnxruntime, tensorrt"):
-        get_backend("openvino")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="'abacus' is not one of onnxruntime, openvino, tensorrt"):
+        get_backend("abacus")  # type: ignore[arg-type]
 
 
 def test_version_and_target() -> None:

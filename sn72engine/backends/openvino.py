@@ -1,0 +1,216 @@
+"""OpenVINO: the other way to run on a CPU, faster than ONNX Runtime for many models.
+
+The engine file is ONNX, opened and compiled each time. What was measured to decide how, with one
+thread of an AVX-512 VNNI machine and OpenVINO 2026.4:
+
+* OpenVINO fuses the symmetric int8 Q/DQ form by itself. The CPU form (see ``qdq``), which holds the
+  results of convolutions in 8 bits too, is faster on a convolutional network (EfficientNet-Lite0:
+  by 5 to 8 % at batch 1, by 2 to 19 % at batch 8) and as accurate. On a transformer with few
+  convolutions it gains nothing (slower by 4 to 13 % where the difference was more than noise) and
+  its answers are further from the float model's. So the CPU form is for models with more
+  convolutions than matrix products, and others stay as they are.
+* OpenVINO's own file format opens no faster: reading either takes a tenth of what compiling takes.
+* A cache of compiled models opens three times as fast, but is not used: it lies outside the engine
+  folder, so that nothing would check its bytes before they run.
+
+Arithmetic is float32 where a model is float. OpenVINO by itself would choose bfloat16 on a CPU that
+has it, which about halves the time of a float32 model but keeps three digits only; an engine must
+not compute with less than what was asked for and verified.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sn72engine import _deps, onnx_file
+from sn72engine.backends.advice import explain
+from sn72engine.backends.base import Array, BuiltFiles
+from sn72engine.engine import Engine
+from sn72engine.errors import BuildError, MissingDependencyError, SessionError
+from sn72engine.model import OnnxModel, TensorSpec
+from sn72engine.qdq import lower_for_cpu
+from sn72engine.spec import BackendName, BuildOptions, RuntimeOptions, ShapeRange
+
+_FILE = "model.onnx"
+_DEVICE = "CPU"
+
+#: What OpenVINO says -> what to do about it.
+_ADVICE = (
+    (
+        r"No conversion rule found|OpConversionFailure",
+        "an operator has no translation here: export without it, or choose another backend",
+    ),
+    (
+        r"externally stored data",
+        "a weight file is absent or cut short: keep it beside the ONNX file",
+    ),
+    (
+        r"Unable to read the model|Could not open the file",
+        "the file is damaged, or newer than this OpenVINO reads: export it again, or update "
+        "openvino",
+    ),
+    (
+        r"bad_alloc|[Oo]ut of memory|[Ff]ailed to allocate",
+        "not enough memory: lower the batch size",
+    ),
+)
+
+
+class OpenVinoBackend:
+    """Builds and opens engines for OpenVINO on a CPU."""
+
+    name: BackendName = "openvino"
+
+    def version(self) -> str:
+        """Installed version, from its metadata.
+
+        Raises:
+            MissingDependencyError: it is not installed.
+        """
+        version = _deps.version("openvino")
+        if version is None:
+            hint = _deps.DEPENDENCIES["openvino"].hint
+            raise MissingDependencyError(f"openvino is not installed; run: {hint}")
+        return version
+
+    def target(self, options: BuildOptions) -> str:
+        """``cpu``: the file holds no machine code, so no architecture is named."""
+        return options.resolved_target
+
+    def build(
+        self,
+        model: OnnxModel,
+        options: BuildOptions,
+        folder: Path,
+        *,
+        progress: bool | None = None,
+    ) -> BuiltFiles:
+        """Write ``model.onnx`` and its weight files, and check that OpenVINO compiles them.
+
+        ``workspace_bytes`` and ``optimization_level`` have no meaning here.
+
+        Raises:
+            BuildError: float16 is asked for, or OpenVINO refuses the file.
+        """
+        openvino = _openvino()
+        if options.precision == "fp16":
+            raise BuildError(
+                "precision='fp16' is not built for OpenVINO: few CPUs have float16 arithmetic, "
+                "and the others would compute in float32; use precision='fp32', or quantise the "
+                "model and use 'int8'"
+            )
+        target = folder / _FILE
+        notes: tuple[str, ...] = ()
+        if model.precision == "int8" and _convolutional(model):
+            notes = lower_for_cpu(model.path, target)
+        else:
+            onnx_file.copy(model, target)
+        built = OnnxModel.open(target)
+        one = RuntimeOptions(threads=1)
+        _compile(openvino, target, built.inputs, options.batch, one, BuildError)
+        weights = [path.name for path in built.external_files()]
+        return BuiltFiles((_FILE, *weights), built.inputs, built.outputs, notes)
+
+    def open(self, engine: Engine, options: RuntimeOptions) -> OpenVinoRunner:
+        """Load an engine; ``options.spinning`` has no meaning here, for its threads never spin.
+
+        Raises:
+            SessionError: OpenVINO refuses the file.
+        """
+        manifest = engine.manifest
+        compiled = _compile(
+            _openvino(), engine.path, manifest.inputs, manifest.batch, options, SessionError
+        )
+        return OpenVinoRunner(compiled, manifest.inputs, manifest.outputs)
+
+
+class OpenVinoRunner:
+    """One compiled model with one inference request.
+
+    Inputs are read where they lie; outputs are copied, because the request writes the next call's
+    into the same memory.
+    """
+
+    def __init__(
+        self, compiled: Any, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+    ) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self._compiled = compiled
+        self._request = compiled.create_infer_request()
+        self._names = [spec.name for spec in outputs]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Execute on NumPy arrays; the arrays returned belong to the caller.
+
+        Raises:
+            SessionError: OpenVINO reported failure.
+        """
+        if self._request is None:
+            raise SessionError("this engine was closed; load it again")
+        try:
+            results = self._request.infer(dict(inputs), share_inputs=True, share_outputs=False)
+        except Exception as error:  # its exceptions share no base class
+            raise SessionError(f"OpenVINO failed while running: {_explain(error)}") from error
+        return {name: results[name] for name in self._names}
+
+    def close(self) -> None:
+        """Release the model."""
+        self._request = self._compiled = None
+
+
+def _openvino() -> Any:
+    return _deps.require("openvino", purpose="build and run OpenVINO engines")
+
+
+def _convolutional(model: OnnxModel) -> bool:
+    """Whether a model has more convolutions than matrix products."""
+    onnx = _deps.require("onnx", purpose="read an ONNX file")
+    graph = onnx.load(model.path, load_external_data=False).graph
+    counts = Counter(node.op_type for node in graph.node)
+    return counts["Conv"] > counts["MatMul"] + counts["Gemm"]
+
+
+def _compile(
+    openvino: Any,
+    path: Path,
+    inputs: tuple[TensorSpec, ...],
+    batch: ShapeRange,
+    options: RuntimeOptions,
+    error_type: type[BuildError] | type[SessionError],
+) -> Any:
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        # Pinned threads of two sessions would share the first cores and leave the others idle.
+        "ENABLE_CPU_PINNING": False,
+    }
+    if options.threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = options.threads
+    try:
+        core = openvino.Core()
+        model = core.read_model(path)
+        if batch.min == batch.max:
+            # Shapes known ahead save a tenth of the time of small models.
+            model.reshape({spec.name: _with_batch(spec, batch.max) for spec in inputs})
+        return core.compile_model(model, _DEVICE, settings)
+    except Exception as error:  # its exceptions share no base class
+        raise error_type(f"OpenVINO refuses {path.name}: {_explain(error)}") from error
+
+
+def _with_batch(spec: TensorSpec, batch: int) -> list[int]:
+    """Shape of an input at one batch size; -1 stands for other free axes."""
+    return [
+        size if isinstance(size, int) else (batch if axis == 0 else -1)
+        for axis, size in enumerate(spec.shape)
+    ]
+
+
+def _explain(error: Exception) -> str:
+    # Each level of the library adds the line of source that it failed at.
+    own = ("Exception from ", "Check '")
+    lines = [line for line in str(error).splitlines() if not line.startswith(own)]
+    return explain("\n".join(lines).strip() or str(error), _ADVICE)

@@ -1,0 +1,240 @@
+"""The OpenVINO backend computes what the model does, or says why not; nothing is reported home."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from sn72engine import _deps
+from sn72engine.backends import get_backend
+from sn72engine.backends.openvino import OpenVinoBackend
+from sn72engine.builder import build
+from sn72engine.engine import Engine
+from sn72engine.errors import BuildError, MissingDependencyError, OptionError, SessionError
+from sn72engine.model import OnnxModel
+from sn72engine.session import Session, load
+from sn72engine.spec import BuildOptions, RuntimeOptions, ShapeRange
+from sn72engine.store import Store
+from tests import quantized_models, tiny_models
+
+pytestmark = pytest.mark.skipif(
+    not _deps.available("openvino"), reason="openvino is not installed; extra 'openvino'"
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+ONE = RuntimeOptions(threads=1)
+BACKEND = OpenVinoBackend()
+SMALL = BuildOptions(backend="openvino", batch=ShapeRange(1, 2, 4))
+
+
+def made(tmp_path: Path, model: OnnxModel, options: BuildOptions = SMALL) -> Engine:
+    return build(model, options, store=Store(tmp_path / "store"))
+
+
+def test_chosen_by_name_with_its_version() -> None:
+    assert isinstance(get_backend("openvino"), OpenVinoBackend)
+    assert BACKEND.version() == _deps.version("openvino")
+    assert BACKEND.target(SMALL) == "cpu"
+
+
+def test_only_for_a_cpu() -> None:
+    assert BuildOptions(backend="openvino", target="cpu").resolved_target == "cpu"
+    with pytest.raises(OptionError, match="target='cuda': backend='openvino' builds for 'cpu'"):
+        BuildOptions(backend="openvino", target="cuda")
+
+
+def test_an_absent_library_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = _deps.Dependency("openvino", ("no-such-package",), "2026.0", "openvino")
+    monkeypatch.setitem(_deps.DEPENDENCIES, "openvino", absent)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'sn72engine\[openvino\]'"):
+        BACKEND.version()
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_computes_what_the_model_does(tmp_path: Path, external: bool) -> None:
+    model = tiny_models.linear(tmp_path / "m.onnx", external=external)
+    engine = made(tmp_path, model)
+    assert [f.name for f in engine.manifest.files] == (
+        ["model.onnx", "m.onnx.data"] if external else ["model.onnx"]
+    )
+    w, b = tiny_models.linear_weights(model)
+    model.path.unlink()  # the engine must not need the source any more
+    (tmp_path / "m.onnx.data").unlink(missing_ok=True)
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    with load(engine, ONE) as session:
+        np.testing.assert_allclose(session(x), x @ w + b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["residual_net", "transformer"])
+def test_float_models_agree_with_onnx_runtime_to_float32_rounding(
+    tmp_path: Path, form: str
+) -> None:
+    # bfloat16, which OpenVINO would take by itself on some CPUs, is off by a hundred times this.
+    model = quantized_models.exported(form)
+    x = quantized_models.images(4)
+    with load(made(tmp_path, model), ONE) as mine:
+        other = made(tmp_path, model, BuildOptions(batch=SMALL.batch))
+        with load(other, ONE) as theirs:
+            np.testing.assert_allclose(mine(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["residual_net", "transformer"])
+def test_quantised_models_stay_close_to_the_float_model(tmp_path: Path, form: str) -> None:
+    x = quantized_models.images(4, seed=1)
+    engine = made(tmp_path, quantized_models.quantized(form))
+    assert engine.manifest.precision == "int8"
+    with load(engine, ONE) as int8, load(made(tmp_path, quantized_models.exported(form))) as fp32:
+        got, want = int8(x).ravel(), fp32(x).ravel()
+    assert got @ want / np.linalg.norm(got) / np.linalg.norm(want) > 0.98
+    assert not np.array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("form", "product"), [("residual_net", "Convolution"), ("transformer", "FullyConnected")]
+)
+def test_quantised_products_run_on_integers(tmp_path: Path, form: str, product: str) -> None:
+    with load(made(tmp_path, quantized_models.quantized(form)), ONE) as session:
+        operators = session._runner._compiled.get_runtime_model().get_ordered_ops()
+        facts = [op.get_rt_info() for op in operators]
+        types = [
+            fact["runtimePrecision"].astype(str)
+            for fact in facts
+            if fact["layerType"].astype(str) == product
+        ]
+    assert set(types) & {"u8", "i8"}, types
+
+
+def test_only_a_convolutional_model_takes_the_form_for_cpus(tmp_path: Path) -> None:
+    for form, lowered in (("residual_net", True), ("transformer", False)):
+        model = quantized_models.quantized(form)
+        engine = made(tmp_path, model)
+        assert (engine.path.read_bytes() != model.path.read_bytes()) == lowered
+        assert any("INT8 for a CPU" in note for note in engine.manifest.notes) == lowered
+
+
+def test_several_inputs_and_outputs_by_name(tmp_path: Path) -> None:
+    a, b = np.full((2, 4), 3, np.float32), np.ones((2, 4), np.float32)
+    with load(made(tmp_path, tiny_models.two_by_two(tmp_path / "m.onnx")), ONE) as session:
+        found = session({"b": b, "a": a})
+        np.testing.assert_array_equal(found["sum"], a + b)
+        np.testing.assert_array_equal(found["difference"], a - b)
+        np.testing.assert_array_equal(session(a, b)[1], a - b)
+
+
+def test_results_belong_to_the_caller(tmp_path: Path) -> None:
+    session = load(made(tmp_path, tiny_models.linear(tmp_path / "m.onnx")), ONE)
+    x = np.zeros((2, 4), np.float32)
+    x.flags.writeable = False
+    first = session(x)
+    kept = first.copy()
+    for value in range(1, 5):
+        session(np.full((2, 4), value, np.float32))
+    np.testing.assert_array_equal(first, kept)
+    session.close()
+    del session
+    np.testing.assert_array_equal(first, kept)
+    first += 1  # and may be written to
+
+
+def test_one_batch_size_is_compiled_for(tmp_path: Path) -> None:
+    options = BuildOptions(backend="openvino", batch=ShapeRange(2, 2, 2))
+    model = tiny_models.convolution(tmp_path / "m.onnx")
+    with load(made(tmp_path, model, options), ONE) as fixed, load(made(tmp_path, model)) as free:
+        x = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
+        np.testing.assert_allclose(fixed(x), free(x), rtol=1e-5, atol=1e-6)
+        assert fixed._runner._compiled.inputs[0].partial_shape.is_static
+        assert free._runner._compiled.inputs[0].partial_shape.is_dynamic
+
+
+def test_settings_reach_the_library(tmp_path: Path) -> None:
+    engine = made(tmp_path, tiny_models.linear(tmp_path / "m.onnx"))
+    with load(engine, ONE) as session:
+        compiled = session._runner._compiled
+        assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+        assert "float32" in str(compiled.get_property("INFERENCE_PRECISION_HINT"))
+        assert "LATENCY" in str(compiled.get_property("PERFORMANCE_HINT"))
+        assert compiled.get_property("ENABLE_CPU_PINNING") is False
+
+
+def test_fp16_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    model = tiny_models.linear(tmp_path / "m.onnx")
+    options = BuildOptions(backend="openvino", precision="fp16")
+    with pytest.raises(BuildError, match=r"precision='fp16' .* 'int8'"):
+        BACKEND.build(model, options, tmp_path)
+
+
+def test_an_unknown_operator_is_refused_with_its_name(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Frobnicate", ["x"], ["y"], domain="nowhere", name="bad")
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [node],
+        "g",
+        [value("x", onnx.TensorProto.FLOAT, ["N", 4])],
+        [value("y", onnx.TensorProto.FLOAT, ["N", 4])],
+    )
+    imports = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("nowhere", 1)]
+    proto = onnx.helper.make_model(graph, opset_imports=imports, ir_version=10)
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(BuildError, match=r"refuses model.onnx: .*Frobnicate.*another backend"):
+        made(tmp_path, OnnxModel.open(tmp_path / "m.onnx"))
+
+
+def test_absent_weights_are_named(tmp_path: Path) -> None:
+    model = tiny_models.linear(tmp_path / "m.onnx", external=True)
+    (tmp_path / "m.onnx.data").unlink()
+    (tmp_path / "engine").mkdir()
+    with pytest.raises(BuildError, match=r"weight file 'm\.onnx\.data' is absent"):
+        BACKEND.build(model, SMALL, tmp_path / "engine")
+
+
+def test_a_broken_file_cannot_be_opened(tmp_path: Path) -> None:
+    engine = made(tmp_path, tiny_models.linear(tmp_path / "m.onnx"))
+    engine.path.write_bytes(b"no model")
+    with pytest.raises(SessionError, match=r"OpenVINO refuses model\.onnx: .*export it again") as e:
+        Session(engine)
+    assert "Exception from" not in str(e.value)
+
+
+def test_a_failing_run_is_translated(tmp_path: Path) -> None:
+    engine = made(tmp_path, tiny_models.linear(tmp_path / "m.onnx"))
+    runner = BACKEND.open(engine, ONE)
+    with pytest.raises(SessionError, match="OpenVINO failed while running"):
+        runner.run({"x": np.zeros((2, 7), np.float32)})
+
+
+def test_close_twice_then_refuse_to_run(tmp_path: Path) -> None:
+    runner = BACKEND.open(made(tmp_path, tiny_models.linear(tmp_path / "m.onnx")), ONE)
+    runner.close()
+    runner.close()
+    with pytest.raises(SessionError, match="closed"):
+        runner.run({"x": np.zeros((1, 4), np.float32)})
+
+
+def test_using_it_never_loads_its_telemetry(tmp_path: Path) -> None:
+    code = """
+import sys
+import numpy as np
+from sn72engine import BuildOptions, OnnxModel, Session, Store, build
+store, model = sys.argv[1:]
+engine = build(OnnxModel.open(model), BuildOptions(backend="openvino"), store=Store(store))
+Session(engine)(np.zeros((1, 4), np.float32))
+assert "openvino" in sys.modules
+loaded = [name for name in sys.modules if name.startswith("openvino_telemetry")]
+assert not loaded, loaded
+import openvino.tools.ovc.telemetry_utils as used
+assert used.tm.__name__ == "openvino.tools.ovc.telemetry_stub", used.tm
+"""
+    model = tiny_models.linear(tmp_path / "m.onnx")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "store"), str(model.path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
