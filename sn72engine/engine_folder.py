@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,12 @@ def open_engine(folder: str | Path) -> Engine:
     return Engine(folder, manifest)
 
 
+def mark_used(folder: Path) -> None:
+    """Note that an engine is used now, which is when its folder was last modified."""
+    with suppress(OSError):  # on a read-only disk nothing is ever evicted
+        os.utime(folder)
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of an engine folder, atomically.
 
@@ -81,6 +89,8 @@ def read_manifest(folder: Path) -> Manifest:
         StoreError: it cannot be read.
     """
     path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise EngineCorruptError(f"{folder}: no such engine folder; correct the path or build it")
     if problem := _kind_problem(path):
         raise EngineCorruptError(f"{path}: {problem}; build again")
     try:

@@ -28,7 +28,7 @@ _LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 def export(
     module: torch.nn.Module,
     options: ExportOptions,
-    path: Path,
+    path: str | Path,
     *,
     example: torch.Tensor | tuple[torch.Tensor, ...],
     preprocess: Preprocess | None = None,

@@ -58,7 +58,7 @@ def quantize(
     model: OnnxModel,
     data: Batches,
     options: QuantizeOptions,
-    path: Path,
+    path: str | Path,
     *,
     progress: bool | None = None,
 ) -> OnnxModel:

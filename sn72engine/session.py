@@ -20,6 +20,7 @@ from sn72engine import fingerprint
 from sn72engine.backends import get_backend
 from sn72engine.backends.base import Array
 from sn72engine.engine import Engine, Manifest
+from sn72engine.engine_folder import mark_used, open_engine
 from sn72engine.errors import InputError, SessionError
 from sn72engine.fingerprint import Fingerprint
 from sn72engine.model import TensorSpec
@@ -63,9 +64,8 @@ class Session:
 
     def __init__(self, engine: Engine | str | Path, options: RuntimeOptions | None = None) -> None:
         if not isinstance(engine, Engine):
-            from sn72engine.store import open_engine
-
             engine = open_engine(Path(engine))
+            mark_used(engine.folder)  # so that a store does not take it for forgotten
         self._engine = engine
         self._options = options if options is not None else RuntimeOptions()
         self._lock = threading.Lock()

@@ -109,7 +109,10 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
     """Refuse anything but a finite real number (not a bool) in [low, high]."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not good or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type,operator]
-        raise OptionError(f"{name}={value!r} must be a finite number in [{low}, {high}]")
+        bound = ""
+        if math.isfinite(low) or math.isfinite(high):
+            bound = f" >= {low}" if math.isinf(high) else f" in [{low}, {high}]"
+        raise OptionError(f"{name}={value!r} must be a finite number{bound}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from sn72engine.engine import Engine, Manifest
 from sn72engine.engine_folder import (
     describe,
     is_partial_manifest,
+    mark_used,
     open_engine,
     read_manifest,
     write_manifest,
@@ -329,8 +330,7 @@ class Store:
         except (EngineCorruptError, EngineMismatchError) as error:
             _log.log(refusal, "stored engine refused: %s", error)
             return None
-        with suppress(OSError):  # on a read-only disk nothing is ever evicted
-            os.utime(folder)
+        mark_used(folder)
         return engine
 
     def _checked(self, folder: Path, key: str) -> Engine:

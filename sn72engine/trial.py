@@ -116,9 +116,10 @@ def _run(session: Session, inputs: dict[str, Any], batch: int) -> float:
             )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             share = float(np.mean(~np.isfinite(array)))
+            half = session.manifest.precision == "fp16"
             raise BuildError(
                 f"the new engine gives {share:.1%} NaN or infinite values in output "
-                f"{spec.name!r} on random input at batch {batch}: check the model's weights, and "
-                "build with precision='fp32' to rule out overflow"
+                f"{spec.name!r} on random input at batch {batch}: check the model's weights"
+                + (", and build with precision='fp32' to rule out overflow" if half else "")
             )
     return seconds

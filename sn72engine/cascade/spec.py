@@ -279,7 +279,8 @@ class CascadeSpec(Options):
 
         Args:
             source: path of a file; a str with a line break is taken for the YAML itself.
-                Engine folders are relative to the file's folder, or to the current one for text.
+                Engine folders are relative to the file's folder, or to the current one for text;
+                what is returned holds them in full, wherever the process goes.
 
         Raises:
             OptionError: the file cannot be read, is not YAML, or does not describe a cascade.
@@ -359,10 +360,10 @@ def _dotted(where: str, message: str) -> OptionError:
 def _read(source: str | Path) -> tuple[str, Path, str]:
     """Text, folder that paths are relative to, and what to call it in messages."""
     if isinstance(source, str) and "\n" in source:
-        return source, Path(), "cascade"
+        return source, Path.cwd(), "cascade"
     path = Path(source)
     try:
-        return path.read_text(encoding="utf-8"), path.parent, f"{path}: cascade"
+        return path.read_text(encoding="utf-8"), path.parent.absolute(), f"{path}: cascade"
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{path}: cannot read the cascade specification ({error})") from error
 

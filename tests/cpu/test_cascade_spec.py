@@ -62,7 +62,17 @@ def test_a_complete_file(tmp_path: Path) -> None:
 
 
 def test_text_is_relative_to_the_current_folder() -> None:
-    assert CascadeSpec.from_yaml(FULL).stages[0].engine == str(Path("engines/small"))
+    assert CascadeSpec.from_yaml(FULL).stages[0].engine == str(Path("engines/small").absolute())
+
+
+def test_a_spec_holds_wherever_the_process_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "road.yaml").write_text(FULL)
+    monkeypatch.chdir(tmp_path)
+    spec = CascadeSpec.from_yaml("road.yaml")
+    monkeypatch.chdir("/")
+    assert spec.stages[0].engine == str(tmp_path / "engines" / "small")
 
 
 def test_round_trip_through_json() -> None:

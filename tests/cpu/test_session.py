@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -365,6 +367,26 @@ def test_a_soft_difference_is_logged(engine: Engine, caplog: pytest.LogCaptureFi
     caplog.clear()
     load(engine).close()
     assert not caplog.records
+
+
+def test_opening_a_folder_of_a_store_counts_as_use(folder: Path) -> None:
+    store = Store(folder / "used")
+    model = tiny_models.linear(folder / "used.onnx")
+    first, second = (
+        build(model, BuildOptions(batch=ShapeRange(size, size, size)), store=store)
+        for size in (1, 2)
+    )
+    for age, made in ((200, first), (100, second)):
+        then = time.time() - age
+        os.utime(made.folder, (then, then))
+    assert [entry.key for entry in store.entries()] == [first.manifest.key, second.manifest.key]
+    load(first.folder).close()
+    assert [entry.key for entry in store.entries()] == [second.manifest.key, first.manifest.key]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EngineCorruptError, match="absent: no such engine folder"):
+        load(tmp_path / "absent")
 
 
 def test_closed_sessions_say_so(engine: Engine) -> None:

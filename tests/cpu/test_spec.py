@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,7 @@ from sn72engine.spec import (
     RuntimeOptions,
     ShapeRange,
     VerifyOptions,
+    check_number,
 )
 
 ALL = (
@@ -102,3 +104,12 @@ def test_the_target_defaults_to_what_the_backend_runs_on() -> None:
 @pytest.mark.parametrize(("layout", "shape"), [("nchw", (3, 8, 6)), ("nhwc", (8, 6, 3))])
 def test_the_sample_shape_follows_the_layout(layout: str, shape: tuple[int, ...]) -> None:
     assert Preprocess(height=8, width=6, layout=layout).shape == shape  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "wanted"),
+    [((), "number$"), ((0.0,), "number >= 0.0$"), ((0.0, 1.0), r"number in \[0.0, 1.0\]$")],
+)
+def test_a_number_out_of_range_says_its_range(bounds: tuple[float, ...], wanted: str) -> None:
+    with pytest.raises(OptionError, match=wanted):
+        check_number("deadline", math.nan, *bounds)
