@@ -153,7 +153,7 @@ class Callers:
             if 0.2 < chance < 0.22:
                 future.cancel()
             pending.append((number, future))
-            if len(pending) >= 48:
+            if len(pending) >= 42:
                 self._check(*pending.popleft())
         for item in pending:
             self._check(*item)
