@@ -9,12 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from sn72engine.batching import BatchingOptions, MicroBatcher
 from sn72engine.cascade.cascade import Cascade
 from sn72engine.cascade.opening import Given
 from sn72engine.cascade.report import CascadeReport
 from sn72engine.cascade.result import Result
 from sn72engine.cascade.spec import CascadeSpec
 from sn72engine.errors import OptionError
+from sn72engine.events import Observe
 from sn72engine.spec import RuntimeOptions, check_choice
 from sn72engine.stages.engine import EngineStage
 
@@ -45,6 +47,9 @@ class RoadworkDetector:
         stages: objects for stages that the file only names, see
             :class:`~sn72engine.cascade.cascade.Cascade`.
         runtime: how engines are run.
+        batching: gather the pictures of concurrent calls into batches. A picture that finds the
+            queue full is answered 0.5. None runs each call by itself.
+        observe: is told of calls and batches, see :mod:`sn72engine.events`.
 
     Raises:
         OptionError: the specification is wrong, its labels are class indices, or an engine was
@@ -59,6 +64,8 @@ class RoadworkDetector:
         *,
         stages: Given | None = None,
         runtime: RuntimeOptions | None = None,
+        batching: BatchingOptions | None = None,
+        observe: Observe | None = None,
     ) -> None:
         check_choice("device", device, ("cpu", "cuda"))
         spec = CascadeSpec.from_yaml(_find(config_name))
@@ -69,12 +76,15 @@ class RoadworkDetector:
             )
         if spec.deadline is None:
             spec = dataclasses.replace(spec, deadline=DEFAULT_DEADLINE)
-        self._cascade = Cascade(spec, stages, runtime=runtime)
+        self._cascade = Cascade(spec, stages, runtime=runtime, observe=observe)
         try:
             _check_device(self._cascade, device)
         except OptionError:
             self._cascade.close()
             raise
+        self._batcher = (
+            None if batching is None else MicroBatcher(self._cascade, batching, observe=observe)
+        )
 
     def __call__(self, image: Image.Image) -> float:
         """Probability of roadwork.
@@ -87,6 +97,8 @@ class RoadworkDetector:
             also with another decision threshold, because clients round it.
         """
         try:
+            if self._batcher is not None:
+                return self._answer(self._batcher(image))
             return self._answer(self._cascade([image])[0])
         except Exception:
             log.exception("the cascade failed; answering %s", UNKNOWN)
@@ -95,6 +107,8 @@ class RoadworkDetector:
     async def predict(self, image: Image.Image) -> float:
         """As a call, for ``await``: the event loop stays free, so requests overlap."""
         try:
+            if self._batcher is not None:
+                return self._answer(await self._batcher.predict(image))
             return self._answer((await self._cascade.run_async([image]))[0])
         except Exception:
             log.exception("the cascade failed; answering %s", UNKNOWN)
@@ -106,6 +120,8 @@ class RoadworkDetector:
 
     def close(self) -> None:
         """Release the engines. Later calls answer 0.5."""
+        if self._batcher is not None:
+            self._batcher.close(patience=self._cascade.spec.deadline)
         self._cascade.close()
 
     def __enter__(self) -> Self:

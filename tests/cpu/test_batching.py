@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sn72engine.batching import BatchingOptions, MicroBatcher
@@ -152,7 +152,7 @@ def test_one_worker_runs_one_batch_at_a_time(model: Model) -> None:
 # ---------------------------------------------------------------- order
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     clients=st.lists(st.sampled_from("abcd"), min_size=1, max_size=40),
     max_batch=st.integers(1, 7),
@@ -705,23 +705,32 @@ def test_thousands_of_callers_with_faults(workers: int) -> None:
     assert not batcher._running
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_any_order_of_events_ends_every_request_once(data: st.DataObject) -> None:
+STEPS = st.sampled_from(["submit", "submit", "submit", "brief", "cancel", "stop", "go", "fail"])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    # All is drawn beforehand: what the batcher does in between depends on timing.
+    steps=st.lists(st.tuples(STEPS, st.integers(0, 24)), max_size=25),
+    options=st.builds(
+        BatchingOptions,
+        max_batch=st.integers(1, 4),
+        max_wait=st.sampled_from([0.0, 0.001]),
+        max_queue=st.integers(1, 6),
+        workers=st.integers(1, 2),
+    ),
+    drain=st.booleans(),
+)
+def test_any_order_of_events_ends_every_request_once(
+    steps: list[tuple[str, int]], options: BatchingOptions, drain: bool
+) -> None:
     """Submissions, cancellations, expiries, gates and the close, in every order."""
     model, log = Model(), Log()
-    options = BatchingOptions(
-        max_batch=data.draw(st.integers(1, 4)),
-        max_wait=data.draw(st.sampled_from([0.0, 0.001])),
-        max_queue=data.draw(st.integers(1, 6)),
-        workers=data.draw(st.integers(1, 2)),
-    )
     batcher = MicroBatcher(model, options, observe=log)
     ends: Counter[int] = Counter()
     futures: list[Future[Result]] = []
     refused = 0
-    steps = st.sampled_from(["submit", "submit", "submit", "brief", "cancel", "stop", "go", "fail"])
-    for number, step in enumerate(data.draw(st.lists(steps, max_size=25))):
+    for number, (step, which) in enumerate(steps):
         if step in ("submit", "brief"):
             try:
                 future = batcher.submit(number, deadline=0.001 if step == "brief" else None)
@@ -731,7 +740,7 @@ def test_any_order_of_events_ends_every_request_once(data: st.DataObject) -> Non
             future.add_done_callback(lambda f, n=number: ends.update([n]))  # type: ignore[misc]
             futures.append(future)
         elif step == "cancel" and futures:
-            data.draw(st.sampled_from(futures)).cancel()
+            futures[which % len(futures)].cancel()
         elif step == "fail":
             model.fault = raising(RuntimeError("injected"))
         elif step == "stop":
@@ -739,7 +748,6 @@ def test_any_order_of_events_ends_every_request_once(data: st.DataObject) -> Non
         elif step == "go":
             model.gate.set()
             model.fault = lambda images: None
-    drain = data.draw(st.booleans())
     closer = threading.Thread(target=lambda: batcher.close(drain=drain))
     closer.start()
     model.gate.set()

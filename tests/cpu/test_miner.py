@@ -20,6 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sn72engine.batching import BatchingOptions
 from sn72engine.errors import OptionError, Sn72Error
 from sn72engine.miner import DEFAULT_DEADLINE, RoadworkDetector, rounding_to_label
 
@@ -32,13 +33,14 @@ def brightness(images: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([image.mean() / 255 for image in images])
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Callable[..., RoadworkDetector]:
+@pytest.fixture(params=[None, BatchingOptions()], ids=["by itself", "batched"])
+def make(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., RoadworkDetector]:
     def build(*stages: Any, extra: str = "", device: str = "cpu") -> RoadworkDetector:
         path = tmp_path / "road.yaml"
         names = [f"s{i}" for i in range(len(stages))]
         path.write_text(extra + "stages:\n" + "".join(f"  - name: {n}\n" for n in names))
-        return RoadworkDetector(str(path), device, stages=dict(zip(names, stages, strict=True)))
+        given = dict(zip(names, stages, strict=True))
+        return RoadworkDetector(str(path), device, stages=given, batching=request.param)
 
     return build
 
@@ -236,6 +238,27 @@ def test_requests_overlap_when_awaited(make: Callable[..., RoadworkDetector]) ->
 
     with make(slow) as detector:
         assert asyncio.run(main(detector)) == (pytest.approx(0.9), pytest.approx(0.9))
+
+
+def test_concurrent_calls_share_a_batch(tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    def counting(images: Sequence[np.ndarray]) -> np.ndarray:
+        sizes.append(len(images))
+        return brightness(images)
+
+    path = tmp_path / "road.yaml"
+    path.write_text("stages: [{name: a}]")
+    batching = BatchingOptions(max_batch=3, max_wait=3600)
+
+    async def main(detector: RoadworkDetector) -> list[float]:
+        shades = (Image.new("RGB", (8, 8), (51 * k,) * 3) for k in range(3))
+        return await asyncio.gather(*(detector.predict(image) for image in shades))
+
+    with RoadworkDetector(path, stages={"a": counting}, batching=batching) as detector:
+        answers = asyncio.run(main(detector))
+    assert answers == [pytest.approx(k / 5, abs=1e-6) for k in range(3)]
+    assert sizes == [3]
 
 
 @settings(max_examples=200)
