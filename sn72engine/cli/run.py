@@ -33,6 +33,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", help="files, folders or glob patterns")
     parser.add_argument("-o", "--output", type=Path, help="JSONL file; default: standard output")
     parser.add_argument("--deadline", type=float, help="seconds for all images together")
+    parser.add_argument(
+        "--flag",
+        action="append",
+        default=[],
+        metavar="TRIGGER",
+        help="mark every image with this trigger of the cascade (a stage's 'when'); repeatable",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument(
         "--score",
@@ -64,7 +71,8 @@ def execute(options: argparse.Namespace) -> Outcome:
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]
             left = None if ends is None else ends - time.monotonic()
-            for path, result in zip(chunk, cascade(chunk, deadline=left), strict=True):
+            results = cascade(chunk, deadline=left, flags=dict.fromkeys(options.flag, True))
+            for path, result in zip(chunk, results, strict=True):
                 lines.append(json.dumps({"file": str(path), **result.to_dict()}))
                 statuses[result.status.value] += 1
             bar.step(len(chunk))

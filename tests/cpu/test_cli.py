@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -549,6 +549,22 @@ def test_the_answer_of_an_engine_by_itself_stands(workspace: Workspace, score: s
     low, high = spec.stages[0].thresholds
     # Nothing lies between them: no answer is left undecided but a tie.
     assert low == high
+
+
+def test_a_flag_runs_the_stage_that_waits_for_it(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = CascadeSpec.from_yaml(workspace.cascade)
+    first, second = (replace(stage, low=0.0, high=1.0) for stage in spec.stages)
+    waiting = replace(spec, stages=(first, replace(second, when="night")))
+    path = workspace.folder / "night.yaml"
+    path.write_text(waiting.to_yaml(workspace.folder))
+    photo = workspace.photos / "0.png"
+    for flags, stage in (((), "corner"), (("--flag", "night"), "whole")):
+        data = answer(capsys, "run", path, photo, *flags)
+        assert data["results"][0]["stage"] == stage
+    said = refusal(capsys, 2, "run", path, photo, "--flag", "day")
+    assert "'day'; triggers: night" in said
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
