@@ -62,7 +62,7 @@ def preprocess(
     Raises:
         ImageError: an image is refused; in a sequence the message begins with its index.
     """
-    sources, single = _as_sequence(images)
+    sources, single = as_sequence(images)
     batch = np.empty((len(sources), *spec.shape), spec.dtype)
     for index, (source, out) in enumerate(zip(sources, batch, strict=True)):
         try:
@@ -134,7 +134,7 @@ def required_size(spec: Preprocess) -> tuple[int, int] | None:
     return math.ceil(spec.height / kept), math.ceil(spec.width / kept)
 
 
-def _as_sequence(images: Source | Sequence[Source]) -> tuple[Sequence[Source], bool]:
+def as_sequence(images: Source | Sequence[Source]) -> tuple[Sequence[Source], bool]:
     """The sources, and whether they were one rather than a sequence."""
     if isinstance(images, np.ndarray) and images.ndim == 4:
         return cast("Sequence[Source]", images), False

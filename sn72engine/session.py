@@ -152,7 +152,7 @@ class Session:
                 or one of them cannot be decoded.
             SessionError: as for a call.
         """
-        from sn72engine.preprocessing import preprocess
+        from sn72engine.preprocessing import as_sequence, preprocess
 
         spec = self.preprocess
         if spec is None or len(self.inputs) != 1:
@@ -161,7 +161,7 @@ class Session:
                 f"preprocessing {'recorded' if spec else 'not recorded'}): preprocess them and "
                 "call the session with arrays"
             )
-        sources = _as_sequence(images)
+        sources, _ = as_sequence(images)
         if len(sources) == 0:
             raise InputError("images is empty: give at least one image")
         batch = self.manifest.batch
@@ -341,15 +341,6 @@ def _as_numpy(name: str, value: Any, torch: Any) -> np.ndarray[Any, Any]:
         f"input {name!r} is a {type(value).__name__}; give a NumPy array, a PyTorch tensor or an "
         "object with __dlpack__"
     )
-
-
-def _as_sequence(images: Any) -> Any:
-    """``images`` as something to slice: one image becomes a list of one."""
-    if isinstance(images, np.ndarray):
-        return images if images.ndim == 4 else [images]
-    if isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray, memoryview)):
-        return images
-    return [images]
 
 
 def _batch_advice(name: str, size: int, manifest: Manifest) -> str:
