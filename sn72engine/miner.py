@@ -14,7 +14,7 @@ from sn72engine.cascade.cascade import Cascade
 from sn72engine.cascade.opening import Given
 from sn72engine.cascade.report import CascadeReport
 from sn72engine.cascade.result import Result
-from sn72engine.cascade.spec import CascadeSpec
+from sn72engine.cascade.spec import ALWAYS, CascadeSpec
 from sn72engine.errors import OptionError
 from sn72engine.events import Observe
 from sn72engine.spec import RuntimeOptions, check_choice
@@ -82,6 +82,14 @@ class RoadworkDetector:
         except OptionError:
             self._cascade.close()
             raise
+        for stage in spec.stages:
+            if stage.when != ALWAYS:
+                log.warning(
+                    "stage %s waits for %r, which a detector never flags: it will not run; drop "
+                    "'when' from it, or the stage",
+                    stage.name,
+                    stage.when,
+                )
         self._batcher = (
             None if batching is None else MicroBatcher(self._cascade, batching, observe=observe)
         )

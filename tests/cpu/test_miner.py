@@ -306,6 +306,16 @@ def test_construction_errors_raise(tmp_path: Path, make: Callable[..., RoadworkD
         RoadworkDetector(path)
 
 
+def test_a_stage_that_will_never_run_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "road.yaml"
+    path.write_text("stages:\n  - {name: first}\n  - {name: night, when: dark}\n")
+    caplog.set_level(logging.WARNING, "sn72engine")
+    with RoadworkDetector(path, stages={"first": brightness, "night": brightness}):
+        assert "stage night waits for 'dark'" in caplog.text
+
+
 def test_the_suffix_may_be_left_out(tmp_path: Path, make: Callable[..., RoadworkDetector]) -> None:
     make(brightness).close()
     with RoadworkDetector(tmp_path / "road", stages={"s0": brightness}) as detector:
