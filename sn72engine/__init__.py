@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from sn72engine.model import OnnxModel as OnnxModel
     from sn72engine.preprocessing import preprocess as preprocess
     from sn72engine.quantizer import quantize as quantize
+    from sn72engine.selection import Selection as Selection
+    from sn72engine.selection import select as select
     from sn72engine.session import Session as Session
     from sn72engine.session import load as load
     from sn72engine.spec import BenchOptions as BenchOptions
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from sn72engine.spec import Preprocess as Preprocess
     from sn72engine.spec import QuantizeOptions as QuantizeOptions
     from sn72engine.spec import RuntimeOptions as RuntimeOptions
+    from sn72engine.spec import SelectOptions as SelectOptions
     from sn72engine.spec import ShapeRange as ShapeRange
     from sn72engine.spec import VerifyOptions as VerifyOptions
     from sn72engine.store import Store as Store
@@ -73,6 +76,8 @@ _EXPORTS = {
     "Result": "cascade.result",
     "RoadworkDetector": "miner",
     "RuntimeOptions": "spec",
+    "SelectOptions": "spec",
+    "Selection": "selection",
     "Session": "session",
     "ShapeRange": "spec",
     "StageSpec": "cascade.spec",
@@ -90,6 +95,7 @@ _EXPORTS = {
     "load": "session",
     "preprocess": "preprocessing",
     "quantize": "quantizer",
+    "select": "selection",
     "verify": "verifier",
 }
 

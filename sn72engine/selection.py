@@ -30,7 +30,14 @@ import numpy as np
 from sn72engine import _deps, fingerprint
 from sn72engine.builder import build
 from sn72engine.doctor import cpu_name
-from sn72engine.errors import BuildError, InputError, VerificationError
+from sn72engine.errors import (
+    BuildError,
+    InputError,
+    MissingDependencyError,
+    QuantizationError,
+    SessionError,
+    VerificationError,
+)
 from sn72engine.latency import interleave
 from sn72engine.model import OnnxModel
 from sn72engine.session import Session
@@ -216,12 +223,14 @@ def _examine(
                 continue
             try:
                 engine = _build(model, backend, options, store)
-            except BuildError as error:
+                # One at a time, so that memory holds one engine while the data is read.
+                with Session(engine, options.runtime) as session:
+                    report = verify(
+                        session, reference, batches, labels=labels, options=options.verify
+                    )
+            except (BuildError, QuantizationError, SessionError, MissingDependencyError) as error:
                 considered.append(dataclasses.replace(candidate, refused=str(error)))
                 continue
-            # One at a time, so that memory holds one engine while the data is read.
-            with Session(engine, options.runtime) as session:
-                report = verify(session, reference, batches, labels=labels, options=options.verify)
             engine = store.update_manifest(engine, verification=report.to_dict())
             candidate = dataclasses.replace(
                 candidate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from sn72engine import _deps
+from sn72engine import _deps, doctor
 from sn72engine.backends import get_backend
 from sn72engine.backends.openvino import OpenVinoBackend
 from sn72engine.builder import build
@@ -230,11 +231,20 @@ import openvino.tools.ovc.telemetry_utils as used
 assert used.tm.__name__ == "openvino.tools.ovc.telemetry_stub", used.tm
 """
     model = tiny_models.linear(tmp_path / "m.onnx")
+    (tmp_path / "home").mkdir()
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "store"), str(model.path)],
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env={**os.environ, "HOME": str(tmp_path / "home")},
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    # Before it sends anything the telemetry makes a folder for its client's number there.
+    assert not list((tmp_path / "home").iterdir())
+
+
+def test_the_doctor_imports_it_without_its_telemetry() -> None:
+    assert doctor.probe("openvino", "openvino").status == "ok"
+    assert doctor.probe("openvino_telemetry", "").status != "ok"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -83,3 +84,22 @@ def test_onnxruntime_sends_no_usage_data_unless_asked_to(given: str | None, foun
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
     )
     assert done.stdout.strip() == found
+
+
+def test_a_module_is_hidden_from_one_that_would_use_it_while_that_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sn72_reporter.py").write_text("")
+    (tmp_path / "sn72_library.py").write_text(
+        "try:\n    import sn72_reporter\n    found = True\nexcept ImportError:\n    found = False\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    library = _deps.Dependency("sn72_library", ("none-such",), "1", "", without="sn72_reporter")
+    monkeypatch.setitem(_deps.DEPENDENCIES, "sn72_library", library)
+    for loaded_before in (False, True):
+        if loaded_before:
+            importlib.import_module("sn72_reporter")
+        assert _deps.require("sn72_library", purpose="test").found is False
+        assert ("sn72_reporter" in sys.modules) == loaded_before
+        del sys.modules["sn72_library"]
+    del sys.modules["sn72_reporter"]

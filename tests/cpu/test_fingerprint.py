@@ -28,7 +28,7 @@ JSON = st.recursive(
 )
 BUILD = st.dictionaries(st.sampled_from(["batch", "precision", "level"]), JSON).map(canonical_json)
 VERSION = st.from_regex(r"\d{1,2}(\.\d{1,2}){0,3}(\.post1|\+cu13)?", fullmatch=True)
-BACKEND = st.sampled_from(["onnxruntime", "tensorrt", "tensorrt_rtx", "other"])
+BACKEND = st.sampled_from(["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "other"])
 FINGERPRINT = st.builds(
     Fingerprint, SHA256, SHA256, BUILD, BACKEND, VERSION, TEXT, st.integers(0, 3)
 )
@@ -105,6 +105,8 @@ def test_any_one_field_changes_the_key_and_is_explained(
         ("onnxruntime", "1.31.1", "1.31.1+cpu", "soft"),
         ("onnxruntime", "1.30.1", "1.31.1", "hard"),
         ("onnxruntime", "2.31.1", "1.31.1", "hard"),
+        ("openvino", "2026.4.0", "2026.4.1", "soft"),
+        ("openvino", "2026.3.0", "2026.4.0", "hard"),
         ("tensorrt", "10.13.2.6", "10.13.3.9", "hard"),
         ("tensorrt", "10.13.3", "10.13.3.9", "hard"),
         ("tensorrt", "10.13.3.9", "10.13.3.9.post1", "soft"),
