@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sn72kernels.ops.classifier_head.op import classifier_head
     from sn72kernels.ops.ensemble_vote.op import ensemble_vote
     from sn72kernels.ops.layernorm_gelu.op import layernorm_gelu
+    from sn72kernels.ops.linear.op import linear
     from sn72kernels.ops.preprocess.op import preprocess
     from sn72kernels.ops.quantize.op import dequantize, quantize
     from sn72kernels.ops.quantize_blocks.op import dequantize_blocks, quantize_blocks
@@ -29,6 +30,7 @@ OPS: dict[str, str] = {
     "dequantize_blocks": "quantize_blocks",
     "ensemble_vote": "ensemble_vote",
     "layernorm_gelu": "layernorm_gelu",
+    "linear": "linear",
     "preprocess": "preprocess",
     "quantize": "quantize",
     "quantize_blocks": "quantize_blocks",
@@ -46,6 +48,7 @@ __all__ = [
     "ensemble_vote",
     "explain",
     "layernorm_gelu",
+    "linear",
     "preprocess",
     "quantize",
     "quantize_blocks",

@@ -30,6 +30,10 @@ class DeviceError(ArgumentError):
     """Tensors of one call live on different devices."""
 
 
+class PatchError(KernelError):
+    """A patched model does not compute what it did before."""
+
+
 class NoTritonError(KernelError, ImportError):
     """Triton is needed for this and is absent."""
 

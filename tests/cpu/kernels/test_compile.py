@@ -29,6 +29,8 @@ NARROWER = {
     # One number per row and block of hidden units; and one per row from a few dozen of these.
     "hidden": (128, 32),
     "finish": (64, 32),
+    # A program of few rows has four 16-bit results to a thread.
+    "linear": (128, 64),
     # Gathers single bytes; a thread writes two neighbouring values of 16 bits.
     "preprocess": (8, 32),
 }

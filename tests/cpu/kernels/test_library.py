@@ -58,6 +58,7 @@ heads = torch.randn(1, 2, 5, 16)
 sn72kernels.rope(heads, heads, torch.rand(4, 16), torch.rand(4, 16))
 sn72kernels.attention(heads, heads, heads)
 sn72kernels.preprocess(torch.zeros(9, 8, 3, dtype=torch.uint8), (4, 4))
+sn72kernels.linear(*q, *q)
 for op, args in {"layernorm_gelu": [x], "cascade_route": [vote], "ensemble_vote": [[vote]]}.items():
     assert sn72kernels.explain(op, *args).implementation == "reference"
 """
