@@ -137,6 +137,7 @@ def run(case: Case, *, deadline: float | None) -> list[Result]:
         tuple(case.stages), decision_threshold=case.decision_threshold, max_batch=case.max_batch
     )
     images = [picture(i) if ok else UNREADABLE for i, ok in enumerate(case.readable)]
+    told: list[tuple[list[Result], list[bool]]] = []
     with Cascade(spec, {name: stage(k) for k, name in enumerate(case.names)}) as cascade:
         results = cascade(
             images,
@@ -146,12 +147,27 @@ def run(case: Case, *, deadline: float | None) -> list[Result]:
                 case.names[k]: tuple(np.array(pairs, np.float64).reshape(-1, 2).T)
                 for k, pairs in case.thresholds.items()
             },
+            progress=lambda *known: told.append(known),
         )
         counts = [stage.counts for stage in cascade.report().stages]
     for count in counts:
         ends = count.negative, count.positive, count.escalated, count.failed, count.late
         assert sum(ends) == count.asked
+    check_progress(told, results, len(case.stages))
     return results
+
+
+def check_progress(
+    told: list[tuple[list[Result], list[bool]]], results: list[Result], stages: int
+) -> None:
+    """Told after every stage but the last, and what was called settled did not change."""
+    assert len(told) == stages - 1
+    before = [False] * len(results)
+    for known, settled in told:
+        for early, final, result, was in zip(known, settled, results, before, strict=True):
+            assert final or not was
+            assert early == result if final else early.status is not Status.DONE
+        before = settled
 
 
 # Few distinct values, so that ties and equal scores are common.
