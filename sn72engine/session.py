@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
@@ -164,18 +164,31 @@ class Session:
         sources, _ = as_sequence(images)
         if len(sources) == 0:
             raise InputError("images is empty: give at least one image")
-        batch = self.manifest.batch
-        chunks: list[list[Any]] = []
-        for start in range(0, len(sources), batch.max):
-            rows = preprocess(sources[start : start + batch.max], spec)
-            count = len(rows)
-            if count < batch.min:
-                # The engine takes no smaller batch; the repeated rows are cut off again.
-                rows = np.concatenate([rows, np.repeat(rows[-1:], batch.min - count, axis=0)])
-            outputs = self({self.inputs[0].name: rows})
-            chunks.append([outputs[output.name][:count] for output in self.outputs])
-        joined = tuple(np.concatenate(parts) for parts in zip(*chunks, strict=True))
-        return joined[0] if len(joined) == 1 else joined
+        return self._joined(
+            preprocess(sources[start : start + self.manifest.batch.max], spec)
+            for start in range(0, len(sources), self.manifest.batch.max)
+        )
+
+    def infer_rows(self, rows: Array) -> Any:
+        """Run any number of samples, in chunks of the largest batch.
+
+        Args:
+            rows: NumPy array of the one input's dtype, samples on axis 0.
+
+        Returns:
+            NumPy arrays with one row per sample: one array for one output, else a tuple.
+
+        Raises:
+            InputError: the engine has several inputs, there are no samples, or they do not fit.
+            SessionError: as for a call.
+        """
+        if len(self.inputs) != 1 or len(rows) == 0:
+            raise InputError(
+                f"infer_rows takes at least one sample for an engine with one input; got "
+                f"{len(rows)} for {_listed(self.inputs)}"
+            )
+        most = self.manifest.batch.max
+        return self._joined(rows[start : start + most] for start in range(0, len(rows), most))
 
     def clone(self) -> Session:
         """Another session of the same engine, with a context of its own."""
@@ -206,6 +219,20 @@ class Session:
             f"Session({manifest.backend} {manifest.precision}, {state}: "
             f"{_listed(self.inputs)} -> {_listed(self.outputs)}, batch {manifest.batch})"
         )
+
+    def _joined(self, chunks: Iterable[Array]) -> Any:
+        """Outputs of an engine with one input, of all chunks, none larger than it takes."""
+        least = self.manifest.batch.min
+        parts: list[list[Any]] = []
+        for rows in chunks:
+            count = len(rows)
+            if count < least:
+                # The engine takes no smaller batch; the repeated rows are cut off again.
+                rows = np.concatenate([rows, np.repeat(rows[-1:], least - count, axis=0)])
+            outputs = self({self.inputs[0].name: rows})
+            parts.append([outputs[output.name][:count] for output in self.outputs])
+        joined = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return joined[0] if len(joined) == 1 else joined
 
     def _named(self, arrays: tuple[Any, ...]) -> dict[str, Any]:
         if len(arrays) != len(self.inputs):

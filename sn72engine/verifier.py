@@ -145,8 +145,9 @@ def verify(
         reference: what to compare with, in the same form. A mapping of name to reference compares
             accuracy with the first and speed with each, so that an INT8 engine is timed beside
             FP32 and FP16 in one run.
-        batches: arrays with samples on axis 0. They are cast to the input type that a session
-            declares, outside the timed calls.
+        batches: arrays with samples on axis 0, of any size: sessions take them in chunks that fit
+            their engine. They are cast to the input type that a session declares, outside the
+            timed calls.
         labels: shape (samples,), integer class of every sample, in the order of ``batches``.
         options: bounds; None takes the defaults.
 
@@ -232,7 +233,9 @@ class _Outputs:
 
 
 def _run(model: Model, batch: _Array) -> _Outputs:
-    value = model(_cast(model, batch))
+    # A session takes batches of its own range only, which need not be that of the data.
+    run = getattr(model, "infer_rows", model)
+    value = run(_cast(model, batch))
     if isinstance(value, Mapping):
         return _Outputs(tuple(value), tuple(np.asarray(array) for array in value.values()))
     values = value if isinstance(value, (tuple, list)) else (value,)

@@ -389,6 +389,21 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
         load(tmp_path / "absent")
 
 
+@given(count=st.integers(1, 20))
+@settings(max_examples=20, deadline=None)
+def test_any_number_of_rows(session: Session, count: int) -> None:
+    rows = np.random.default_rng(count).standard_normal((count, 4)).astype(np.float32)
+    wanted = [session(np.stack([row, row]))[0] for row in rows]
+    np.testing.assert_allclose(session.infer_rows(rows), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_for_engines_with_one_input(session: Session, two: Session) -> None:
+    with pytest.raises(InputError, match="one input"):
+        two.infer_rows(np.zeros((3, 4), np.float32))
+    with pytest.raises(InputError, match="at least one"):
+        session.infer_rows(np.zeros((0, 4), np.float32))
+
+
 def test_closed_sessions_say_so(engine: Engine) -> None:
     opened = load(engine, ONE_THREAD)
     assert "onnxruntime fp32, cpu: x: float32[N, 4] -> y" in repr(opened)

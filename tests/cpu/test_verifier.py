@@ -162,6 +162,18 @@ def test_int8_engine_with_wrong_scales_is_refused(engine: Callable[..., Session]
     assert len(report.failures) == 5
 
 
+def test_engines_of_any_batch_range_are_compared(tmp_path: Path) -> None:
+    model = save_linear(tmp_path / "m.onnx")
+    store = Store(tmp_path / "store")
+    ranges = ShapeRange(1, 1, 1), ShapeRange(2, 2, 3), ShapeRange(16, 16, 16)
+    one, few, many = (Session(build(model, BuildOptions(batch=r), store=store)) for r in ranges)
+    with one, few, many:
+        for candidate, reference in ((one, few), (few, many), (many, linear)):
+            report = verify(candidate, reference, batches(2, 5), options=ACCURACY)
+            assert report.passed, report.failures
+            assert report.samples == 10
+
+
 def test_engine_slower_than_its_reference_is_refused(engine: Callable[..., Session]) -> None:
     slow, fast = engine(depth=4), engine()
     options = VerifyOptions(batch=8, repeats=5)
