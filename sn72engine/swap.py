@@ -42,17 +42,17 @@ log = logging.getLogger("sn72engine.swap")
 
 @dataclass(slots=True, eq=False)
 class _Generation:
-    """A cascade, how many calls run on it, and whether it has been replaced."""
+    """A cascade, and how many calls run on it."""
 
     cascade: Cascade
     users: int = 0
-    retired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
     cascade: Cascade
     shadow: Shadow
+    observe: Observe | None
 
 
 class Swappable:
@@ -77,7 +77,9 @@ class Swappable:
         self._options = options or ShadowOptions()
         self._observe = observe
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)  # for close: look at the busy ones again
         self._current = _Generation(cascade)
+        self._busy: set[_Generation] = set()  # replaced, with calls that still run
         self._candidate: _Candidate | None = None
         self._loading = False
         self._closed = False
@@ -155,7 +157,9 @@ class Swappable:
     def load(self, make: Callable[[], Cascade], *, warmup: Sequence[Source] = ()) -> None:
         """Make a candidate beside the current cascade, warm it up, and begin to compare.
 
-        Runs on the calling thread, for as long as it takes; requests go on meanwhile.
+        Runs on the calling thread, for as long as it takes; requests go on meanwhile. The
+        candidate's own observer is not told anything before it is promoted: what the candidate
+        does until then serves nobody.
 
         Args:
             make: loads the candidate.
@@ -174,12 +178,13 @@ class Swappable:
             self._loading = True
         try:
             cascade = make()
+            observe, cascade.observe = cascade.observe, None
             try:
                 self._warm_up(cascade, warmup)
                 with self._lock:
                     self._check_open()
                     shadow = Shadow(cascade, self._options, self._observe)
-                    self._candidate = _Candidate(cascade, shadow)
+                    self._candidate = _Candidate(cascade, shadow, observe)
             except BaseException:
                 cascade.close()
                 raise
@@ -217,6 +222,7 @@ class Swappable:
                     "traffic, drop() it, or promote(force=True)"
                 )
             candidate.shadow.stop()
+            candidate.cascade.observe = candidate.observe
             old, self._current = self._current, _Generation(candidate.cascade)
             self._candidate = None
             self._retire(old)
@@ -235,8 +241,12 @@ class Swappable:
             self._close_later(candidate.cascade, candidate.shadow)
         return candidate.shadow.report()
 
-    def close(self) -> None:
-        """Refuse new calls, wait for those running, close every cascade. May be called twice."""
+    def close(self, *, patience: float | None = None) -> None:
+        """Refuse new calls, wait for those running, close every cascade. May be called twice.
+
+        Args:
+            patience: seconds to wait for calls, and for each cascade to close; None for no limit.
+        """
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -244,11 +254,14 @@ class Swappable:
                     self._candidate.shadow.stop()
                     self._close_later(self._candidate.cascade, self._candidate.shadow)
                     self._candidate = None
-        # Cascade.close refuses what is new and waits for what runs.
-        self._current.cascade.close()
-        while closers := self._take_closers():
-            for closer in closers:
-                closer.join()
+                self._retire(self._current)
+            self._idle.wait_for(lambda: not self._busy, patience)
+            for generation in self._busy:
+                self._close_later(generation.cascade)
+            self._busy.clear()
+            closers, self._closers = self._closers, []
+        for closer in closers:
+            closer.join(patience)
 
     def __enter__(self) -> Self:
         return self
@@ -280,12 +293,15 @@ class Swappable:
     def _leave(self, generation: _Generation) -> None:
         with self._lock:
             generation.users -= 1
-            if generation.retired and generation.users == 0:
+            if generation.users == 0 and generation in self._busy:
+                self._busy.remove(generation)
                 self._close_later(generation.cascade)
+                self._idle.notify_all()
 
     def _retire(self, generation: _Generation) -> None:
-        generation.retired = True
-        if generation.users == 0:
+        if generation.users:
+            self._busy.add(generation)
+        else:
             self._close_later(generation.cascade)
 
     def _close_later(self, cascade: Cascade, shadow: Shadow | None = None) -> None:
@@ -296,11 +312,6 @@ class Swappable:
         )
         closer.start()
         self._closers.append(closer)
-
-    def _take_closers(self) -> list[threading.Thread]:
-        with self._lock:
-            closers, self._closers = self._closers, []
-            return closers
 
     def _offer(
         self, images: Any, arguments: dict[str, Any], results: list[Result], seconds: float

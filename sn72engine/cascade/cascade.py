@@ -75,7 +75,8 @@ class Cascade:
         observe: Observe | None = None,
     ) -> None:
         self._spec = spec
-        self._observe = observe
+        #: Is told of every call; may be changed at any time.
+        self.observe = observe
         given = dict(stages or {})
         # Closed again if a later stage fails to load.
         with contextlib.ExitStack() as opened:
@@ -243,9 +244,9 @@ class Cascade:
         results, counts = self._executor.run(request)
         seconds = time.perf_counter() - begin
         self._counters.add(len(results), seconds, counts)
-        if self._observe is not None:
+        if (observe := self.observe) is not None:
             names = tuple(stage.name for stage in self._spec.stages)
-            notify(self._observe, CallEvent(seconds, results, names, counts))
+            notify(observe, CallEvent(seconds, results, names, counts))
         return results
 
     def _decode(self, source: Source) -> NDArray[np.uint8]:

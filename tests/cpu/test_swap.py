@@ -22,6 +22,7 @@ from sn72engine.cascade.result import Status
 from sn72engine.cascade.spec import CascadeSpec, StageSpec
 from sn72engine.errors import CascadeError, OptionError, VerificationError
 from sn72engine.events import ShadowEvent
+from sn72engine.metrics import Metrics
 from sn72engine.shadow import Shadow, ShadowOptions, ShadowReport
 from sn72engine.swap import Swappable
 
@@ -150,6 +151,47 @@ def test_close_closes_everything(old: Watched, new: Watched) -> None:
             call([PICTURE])
     with pytest.raises(CascadeError, match="closed"):
         service.load(lambda: new)
+
+
+def test_close_waits_for_calls_on_every_cascade(old: Watched, new: Watched) -> None:
+    with Swappable(old) as service:
+        results: list[float] = []
+        threads = [threading.Thread(target=lambda: results.append(score(service))) for _ in "ab"]
+        old.gate.clear()
+        threads[0].start()
+        wait_until(lambda: old.inside == 1)
+        service.load(lambda: new)
+        service.promote(force=True)
+        new.gate.clear()
+        threads[1].start()
+        wait_until(lambda: new.inside == 1)
+        closer = threading.Thread(target=service.close)
+        closer.start()
+        wait_until(lambda: service._closed)
+        assert not old.closed.is_set()
+        assert not new.closed.is_set()
+        new.gate.set()
+        old.gate.set()
+        for thread in [*threads, closer]:
+            thread.join(60)
+    assert sorted(results) == [0.8, 0.9]
+    assert old.closed.is_set()
+    assert new.closed.is_set()
+
+
+def test_close_does_not_wait_for_ever(old: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sn72engine.cascade.cascade._PATIENCE", 0.01)
+    service = Swappable(old)
+    old.gate.clear()
+    caller = threading.Thread(target=lambda: score(service))
+    caller.start()
+    wait_until(lambda: old.inside == 1)
+    service.close(patience=0.02)
+    with pytest.raises(CascadeError, match="closed"):
+        service([PICTURE])
+    old.gate.set()
+    caller.join(60)
+    assert old.closed.wait(60)
 
 
 def test_calls_may_be_awaited(old: Watched) -> None:
@@ -332,6 +374,20 @@ def test_a_batch_array_is_copied(old: Watched, new: Watched) -> None:
         new.gate.set()
         wait_until(lambda: service.shadow().calls == 2)
     assert all((image == 200).all() for image in new.calls[1])
+
+
+def test_metrics_count_what_was_served_and_not_what_was_tried(old: Watched, new: Watched) -> None:
+    served = Metrics()
+    old.observe = new.observe = served
+    with Swappable(old, ALL) as service:
+        service.load(lambda: new, warmup=[PICTURE])
+        for _ in range(3):
+            score(service)
+        wait_until(lambda: service.shadow().calls == 3)
+        assert served.value("sn72_calls") == 3
+        service.promote()
+        score(service)
+        assert served.value("sn72_calls") == 4
 
 
 # ---------------------------------------------------------------- the bounds
