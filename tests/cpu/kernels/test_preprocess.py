@@ -127,7 +127,7 @@ def test_weights_are_found_again() -> None:
     assert geometry.taps.cache_info().hits == before + 2
 
 
-def test_opcheck_compile() -> None:
+def test_opcheck() -> None:
     torch.use_deterministic_algorithms(False)
     images = make(2, 9, 8, 3)
     place = geometry.place((9, 8), (4, 5), "pad", 1.0)
