@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         outcome: Outcome = options.execute(options)
-        print(json.dumps(outcome.data, indent=2) if options.json else outcome.text, flush=True)
+        text = json.dumps(outcome.data, indent=2) if options.json else outcome.text
+        if text:
+            print(text, flush=True)
     except Sn72Error as error:
         return report_error(error, str(error), error.exit_code, as_json=options.json)
     except KeyboardInterrupt:

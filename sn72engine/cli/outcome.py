@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 
+#: One letter could be a slip that names an engine by chance.
+_SHORTEST_KEY = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Result of a sub-command: ``data`` for ``--json``, ``text`` for a person."""
@@ -148,6 +152,10 @@ def engine_folder(text: str) -> Path:
         )
     from sn72engine.store import Store
 
+    if len(text) < _SHORTEST_KEY:
+        raise InputError(
+            f"{text!r} is too short for a key; give at least its first {_SHORTEST_KEY} characters"
+        )
     matches = [entry for entry in Store().entries() if entry.key.startswith(text)]
     if len(matches) == 1:
         return matches[0].folder

@@ -75,6 +75,8 @@ def execute(options: argparse.Namespace) -> Outcome:
             for path, result in zip(chunk, results, strict=True):
                 lines.append(json.dumps({"file": str(path), **result.to_dict()}))
                 statuses[result.status.value] += 1
+                if options.output is None and not options.json:
+                    print(lines[-1], flush=True)  # as it comes: an interrupted run keeps it
             bar.step(len(chunk))
         report = cascade.report()
         if scratch is not None:
@@ -87,7 +89,7 @@ def execute(options: argparse.Namespace) -> Outcome:
     if options.json:
         return Outcome({**data, "results": [json.loads(line) for line in lines]}, "")
     print(summary, file=sys.stderr)
-    return Outcome(data, "\n".join(lines))
+    return Outcome(data, "")
 
 
 def cascade_spec(options: argparse.Namespace) -> Any:
