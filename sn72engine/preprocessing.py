@@ -10,10 +10,13 @@ Geometry, for a source of ``h`` x ``w`` pixels and an output of ``H`` x ``W``:
   and centred (an odd remainder goes right and below); the border normalises to 0, which is what
   a border of colour ``mean`` would give.
 
-Crop and resize are one pass of Pillow's resampler on 8-bit pixels. Its filter is widened when it
-shrinks (antialiasing), reaches past the edge of the box into real neighbours, and is cut off at
-the edge of the image. The result is rounded to 8 bits, and then normalised in float32 as
-``pixel * (1/std) + (-mean/std)``.
+Crop and resize are Pillow's resampler on 8-bit pixels: a horizontal pass, then a vertical one, each
+rounded to 8 bits. Its filter is widened when it shrinks (antialiasing), reaches past the edge of
+the box into real neighbours, and is cut off at the edge of the image. The result is normalised in
+float32 as ``pixel * (1/std) + (-mean/std)``.
+
+The passes are two calls because one call takes them in an order that depends on Pillow's version
+(13 does the cheaper one first), and where a filter overshoots the order shows.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from PIL import Image
 from sn72engine import decode
 from sn72engine.decode import Box, Decoded, DecodeLimits, Source
 from sn72engine.errors import ImageError, InputError
-from sn72engine.spec import Preprocess
+from sn72engine.spec import Interpolation, Preprocess
 
 Floats = NDArray[np.floating[Any]]
 
@@ -40,6 +43,9 @@ _FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "box": Image.Resampling.BOX,
 }
+
+#: How far each filter reaches, in pixels of the source, or of the output where that is coarser.
+_REACH = {"bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0, "box": 0.5}
 
 
 def preprocess(
@@ -165,8 +171,25 @@ def _fill(decoded: Decoded, spec: Preprocess, out: Floats) -> None:
         rows, columns = slice(top, top + height), slice(left, left + width)
         out[...] = 0
         inner = out[:, rows, columns] if spec.layout == "nchw" else out[rows, columns]
-    resized = decoded.image.resize((width, height), _FILTERS[spec.interpolation], box=box)
+    resized = _resized(decoded.image, box, height, width, spec.interpolation)
     _normalise(np.asarray(resized), spec, inner)
+
+
+def _resized(
+    image: Image.Image, box: Box, height: int, width: int, interpolation: Interpolation
+) -> Image.Image:
+    """The box of an image at another size: across first, then down."""
+    resample = _FILTERS[interpolation]
+    if interpolation == "nearest":
+        return image.resize((width, height), resample, box=box)
+    left, top, right, bottom = box
+    # Only the rows that the second pass reads; one more for the rounding of the box.
+    reach = _REACH[interpolation] * max((bottom - top) / height, 1.0) + 1.0
+    first, last = max(math.floor(top - reach), 0), min(math.ceil(bottom + reach), image.height)
+    if last - first < image.height:
+        image = image.crop((0, first, image.width, last))
+    across = image.resize((width, last - first), resample, box=(left, 0, right, last - first))
+    return across.resize((width, height), resample, box=(0, top - first, width, bottom - first))
 
 
 def _cropped(area: Box, spec: Preprocess) -> Box:
