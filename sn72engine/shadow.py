@@ -197,7 +197,13 @@ class Shadow:
         if not room:
             notify(self._observe, ShadowEvent("skipped", len(results)))
             return
-        self._calls.put(_Call(_copied(images), arguments, results, seconds))
+        try:
+            copies = _copied(images)
+        except BaseException:  # an image that was closed, or no memory
+            with self._lock:
+                self._waiting -= 1
+            raise
+        self._calls.put(_Call(copies, arguments, results, seconds))
 
     def report(self) -> ShadowReport:
         """The comparison so far."""

@@ -363,6 +363,20 @@ def test_the_caller_may_change_an_image_after_the_call(
         assert (new.calls[1][0] == 200).all()
 
 
+def test_an_image_that_cannot_be_copied_takes_no_place(old: Watched, new: Watched) -> None:
+    class Odd:
+        def copy(self) -> None:
+            raise ValueError("closed")
+
+    with Swappable(old, ShadowOptions(share=1.0, max_waiting=1)) as service:
+        service.load(lambda: new)
+        for _ in range(3):
+            assert service([Odd()])[0].status is Status.STAGE_FAILED  # type: ignore[list-item]
+        score(service)
+        wait_until(lambda: service.shadow().calls == 1)
+        assert service.shadow().skipped_calls == 0
+
+
 def test_a_batch_array_is_copied(old: Watched, new: Watched) -> None:
     with Swappable(old, ALL) as service:
         service.load(lambda: new)
