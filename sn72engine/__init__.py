@@ -22,6 +22,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sn72engine.batching import BatchingOptions as BatchingOptions
+    from sn72engine.batching import MicroBatcher as MicroBatcher
     from sn72engine.builder import build as build
     from sn72engine.calibration import batches as batches
     from sn72engine.calibration import labelled as labelled
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from sn72engine.exporter import export as export
     from sn72engine.latency import bench as bench
     from sn72engine.latency import interleave as interleave
+    from sn72engine.metrics import Metrics as Metrics
     from sn72engine.miner import RoadworkDetector as RoadworkDetector
     from sn72engine.model import OnnxModel as OnnxModel
     from sn72engine.preprocessing import preprocess as preprocess
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from sn72engine.selection import select as select
     from sn72engine.session import Session as Session
     from sn72engine.session import load as load
+    from sn72engine.shadow import ShadowOptions as ShadowOptions
     from sn72engine.spec import BenchOptions as BenchOptions
     from sn72engine.spec import BuildOptions as BuildOptions
     from sn72engine.spec import CalibrationOptions as CalibrationOptions
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
     from sn72engine.spec import ShapeRange as ShapeRange
     from sn72engine.spec import VerifyOptions as VerifyOptions
     from sn72engine.store import Store as Store
+    from sn72engine.swap import Swappable as Swappable
     from sn72engine.thresholds import ThresholdOptions as ThresholdOptions
     from sn72engine.thresholds import choose as choose
     from sn72engine.verifier import verify as verify
@@ -62,6 +67,7 @@ __version__ = "0.1.0"
 
 #: Public name -> module that defines it. Resolved on first use.
 _EXPORTS = {
+    "BatchingOptions": "batching",
     "BenchOptions": "spec",
     "BuildOptions": "spec",
     "CalibrationOptions": "spec",
@@ -70,6 +76,8 @@ _EXPORTS = {
     "Engine": "engine",
     "ExportOptions": "spec",
     "Manifest": "engine",
+    "Metrics": "metrics",
+    "MicroBatcher": "batching",
     "OnnxModel": "model",
     "Preprocess": "spec",
     "QuantizeOptions": "spec",
@@ -79,10 +87,12 @@ _EXPORTS = {
     "SelectOptions": "spec",
     "Selection": "selection",
     "Session": "session",
+    "ShadowOptions": "shadow",
     "ShapeRange": "spec",
     "StageSpec": "cascade.spec",
     "Status": "cascade.result",
     "Store": "store",
+    "Swappable": "swap",
     "ThresholdOptions": "thresholds",
     "VerifyOptions": "spec",
     "batches": "calibration",
