@@ -2,17 +2,20 @@
 
 A rule is a pure function of shape, dtype and architecture, so that the same call always runs the
 same code. Measurement (:func:`autotune`) happens only when called, on a GPU, and leaves its
-result in a JSON file that :func:`tuned` reads once per process; no op measures on its own.
+result in a JSON file that :func:`tuned` reads once per process; no op measures on its own. An op
+declares each of its configurations as a :class:`Tunable` and launches with what that gives.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from sn72kernels import atomic, env
 from sn72kernels import device as devices
@@ -38,6 +41,12 @@ class RowTile:
     warps: int
     whole: bool = True
 
+
+# What measuring may change of a RowTile: never the columns, which have to cover the row.
+ROW_CHOICES: dict[str, tuple[int, ...]] = {"rows": (1, 2, 4, 8, 16), "warps": (1, 2, 4, 8, 16)}
+
+# Row lengths that are measured: the widths of ViT-S to ViT-g and of their MLPs.
+WIDTHS = (384, 768, 1024, 1536, 3072, 4096)
 
 # Sums over columns: 16 bytes a thread along the row, a few rows in flight for the latency.
 COLUMN_BLOCK = RowTile(rows=4, cols=256, warps=4)
@@ -83,45 +92,139 @@ def sms(device: torch.device) -> int:
     return devices.facts(device).sms
 
 
-# --- measured configurations ---------------------------------------------------------------
+# --- rules and measured configurations -----------------------------------------------------
 
 Config = TypeVar("Config")
 
 
-def tuned(op: str, key: Sequence[object], kind: type[Config], arch: int) -> Config | None:
-    """The measured configuration of ``op`` for ``key`` on ``arch``, or None.
+@dataclass(frozen=True, slots=True)
+class Block:
+    """How a kernel over a list of items is cut.
 
-    Read from disk once per process. An entry that does not fit ``kind`` any more is ignored.
+    Attributes:
+        size: items per program, a power of two.
+        warps: warps per program.
+    """
+
+    size: int
+    warps: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Tunable(Generic[Config]):
+    """One launch configuration: the rule that gives it, and what measuring may change.
+
+    Attributes:
+        name: op and kernel, ``"quantize.token"``; unique.
+        rule: the configuration for a key, a pure function. Its name is what ``explain`` shows.
+        vary: field -> values that measuring tries; every other field stays as the rule has it.
+    """
+
+    name: str
+    rule: Callable[..., Config]
+    vary: Mapping[str, tuple[int, ...]]
+
+    def candidates(self, *key: object) -> tuple[Config, ...]:
+        """The rule's configuration for ``key``, then every combination of ``vary``."""
+        first = self.rule(*key)
+        combinations = itertools.product(*self.vary.values())
+        others = (replace(first, **dict(zip(self.vary, c, strict=True))) for c in combinations)  # type: ignore[type-var]
+        return tuple(dict.fromkeys((first, *others)))
+
+    def config(self, device: torch.device, *key: object) -> Config:
+        """The configuration to launch with: the measured one where there is one, else the rule's.
+
+        Costs a dictionary look-up after the first call for a key.
+        """
+        if self.name in _forced:
+            return cast("Config", _forced[self.name])
+        return self._measured(device, key) or self.rule(*key)
+
+    def explain(self, device: torch.device, *key: object) -> dict[str, Any]:
+        """:meth:`config` as a dictionary, with ``chosen_by``: ``tuning`` or the rule's name."""
+        measured = self._measured(device, key)
+        chosen_by = "rule " + getattr(self.rule, "__name__", "?") if measured is None else "tuning"
+        config: Any = self.config(device, *key)
+        return {**asdict(config), "chosen_by": chosen_by}
+
+    def _measured(self, device: torch.device, key: tuple[object, ...]) -> Config | None:
+        if device.type != "cuda":
+            return None  # interpreted, or only compiled: nothing was measured there
+        return tuned(self, key, devices.arch(device))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A call to measure a configuration with.
+
+    Attributes:
+        tunable: the configuration.
+        key: what it is looked up by.
+        launch: the launcher.
+        reference: the same in plain PyTorch.
+        args: of both.
+        outputs: number of results that must agree; None for all.
+    """
+
+    tunable: Tunable[Any]
+    key: tuple[object, ...]
+    launch: Callable[..., Any]
+    reference: Callable[..., Any]
+    args: tuple[Any, ...]
+    outputs: int | None = None
+
+
+_forced: dict[str, object] = {}
+
+
+@contextmanager
+def forced(tunable: Tunable[Config], config: Config) -> Iterator[None]:
+    """Let ``tunable`` give ``config`` whatever the key. Process-wide, for measuring and tests."""
+    _forced[tunable.name] = config
+    try:
+        yield
+    finally:
+        del _forced[tunable.name]
+
+
+def tuned(tunable: Tunable[Config], key: Sequence[object], arch: int) -> Config | None:
+    """The measured configuration of ``tunable`` for ``key`` on ``arch``, or None.
+
+    Read from disk once per process. An entry that is not among the candidates is ignored, so
+    that no file can ask for a launch that would be wrong.
     """
     if env.get("SN72_TUNING") == "0":
         return None
-    entry = _load(cache_file(arch)).get(_name(op, key))
-    try:
-        return kind(**entry["config"]) if entry else None
-    except (TypeError, KeyError):
+    return cast("Config | None", _find(tunable, tuple(key), arch, env.get("SN72_CACHE_DIR")))
+
+
+@functools.cache
+def _find(tunable: Tunable[Any], key: tuple[object, ...], arch: int, _folder: str) -> Any:
+    entry = _load(cache_file(arch)).get(_name(tunable.name, key))
+    wanted = entry.get("config") if isinstance(entry, dict) else None
+    if wanted is None:
         return None
+    return next((c for c in tunable.candidates(*key) if asdict(c) == wanted), None)
 
 
 def autotune(
-    op: str,
+    tunable: Tunable[Config],
     key: Sequence[object],
-    candidates: Sequence[Config],
     run: Callable[..., object],
-    correct: Callable[[Config], bool],
+    correct: Callable[[], bool],
     *,
     arch: int,
     arguments: Sequence[Any] = (),
     measure: Callable[..., float] | None = None,
-) -> Config:
+) -> Measured[Config]:
     """Measure every candidate, keep the fastest correct one on disk and return it.
 
     Args:
-        op: name of the op.
+        tunable: what to choose.
         key: what the choice depends on besides the architecture (shape, dtype).
-        candidates: frozen dataclass instances.
-        run: runs the op once; called with a configuration and then ``arguments``.
-        correct: whether the op's result with a configuration is right; a wrong one is dropped,
-            however fast.
+        run: runs the op once; called with ``arguments``.
+        correct: whether the op's result is right with the candidate that is in force; a wrong
+            one, or one that the device refuses, is dropped, however fast.
         arch: compute capability as one number.
         arguments: what the op works on; rotated between calls so that the L2 cache stays cold.
         measure: milliseconds of a call, given it and ``arguments``; by default
@@ -134,17 +237,53 @@ def autotune(
     if measure is None:
         from sn72kernels import bench
 
+        devices.require_cuda("measure launch configurations")
         measure = bench.cold_ms
-    right = [c for c in candidates if correct(c)]
-    if not right:
-        raise ArgumentError(f"none of the {len(candidates)} candidates for {op} computes it right")
-    timed = [(measure(functools.partial(run, c), *arguments), i) for i, c in enumerate(right)]
+    candidates = tunable.candidates(*key)
+    timed: list[tuple[float, int]] = []
+    for place, candidate in enumerate(candidates):
+        with forced(tunable, candidate):
+            if _passes(correct):
+                timed.append((measure(run, *arguments), place))
+    if not timed:
+        raise ArgumentError(
+            f"none of the {len(candidates)} candidates for {tunable.name} computes it right"
+        )
     milliseconds, best = min(timed)
+    # The rule's own time, where it is correct, is the first one.
+    rule_ms = timed[0][0] if timed[0][1] == 0 else None
     path = cache_file(arch)
-    entries = dict(_load(path))
-    entries[_name(op, key)] = {"config": asdict(right[best]), "ms": milliseconds}  # type: ignore[call-overload]
-    _save(path, entries)
-    return right[best]
+    _load.cache_clear()  # another process may have written since
+    config: Any = candidates[best]
+    entry = {"config": asdict(config), "ms": milliseconds}
+    _save(path, {**_load(path), _name(tunable.name, key): entry})
+    return Measured(candidates[best], milliseconds, rule_ms, len(timed), len(candidates))
+
+
+@dataclass(frozen=True, slots=True)
+class Measured(Generic[Config]):
+    """What :func:`autotune` found.
+
+    Attributes:
+        config: the fastest correct candidate.
+        ms: its milliseconds.
+        rule_ms: milliseconds of the rule's configuration; None where that was dropped.
+        correct: number of correct candidates.
+        tried: number of candidates.
+    """
+
+    config: Config
+    ms: float
+    rule_ms: float | None
+    correct: int
+    tried: int
+
+
+def _passes(correct: Callable[[], bool]) -> bool:
+    try:
+        return correct()
+    except Exception:  # too much shared memory for this device, say: Triton has many such errors
+        return False
 
 
 def cache_file(arch: int) -> Path:
@@ -174,3 +313,4 @@ def _load(path: Path) -> dict[str, Any]:
 def _save(path: Path, entries: dict[str, Any]) -> None:
     atomic.write_text(path, json.dumps(entries, indent=1, sort_keys=True))
     _load.cache_clear()
+    _find.cache_clear()

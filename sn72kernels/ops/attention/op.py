@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -55,7 +55,7 @@ def attention(
         ArgumentError: no such ``implementation``, or it cannot run these arguments here.
     """
     _check(q, k, v)
-    chosen = explain(q, k, v, scale=scale, implementation=implementation)
+    chosen = _choice(q, k, v, implementation)
     if implementation not in ("auto", chosen.implementation):
         raise ArgumentError(f"implementation={implementation!r} cannot run here: {chosen.reason}")
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
@@ -72,6 +72,17 @@ def explain(
     implementation: Implementation = "auto",
 ) -> library.Choice:
     """Which implementation a call with these arguments would run, and why."""
+    choice = _choice(q, k, v, implementation)
+    if choice.implementation != "triton":
+        return choice
+    config = SCORES.explain(q.device, q.shape[3], q.element_size())
+    return library.Choice(choice.op, choice.implementation, choice.reason, config)
+
+
+def _choice(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, implementation: str
+) -> library.Choice:
+    """:func:`explain` without the configuration, which a call that is traced must not look up."""
     known = get_args(Implementation)
     if implementation not in known:
         raise ArgumentError(f"implementation is {implementation!r}; give one of {', '.join(known)}")
@@ -79,10 +90,7 @@ def explain(
     if choice.implementation == "reference":
         return library.Choice(choice.op, "sdpa", choice.reason)
     kernel, reason = _kernel(q, implementation)
-    if kernel == "flash_attn":
-        return library.Choice(choice.op, kernel, reason)
-    config = asdict(attention_config(q.shape[3], q.element_size()))
-    return library.Choice(choice.op, kernel, reason, config)
+    return library.Choice(choice.op, kernel, reason)
 
 
 @functools.cache
@@ -147,6 +155,13 @@ def attention_config(depth: int, itemsize: int) -> AttentionConfig:
     return AttentionConfig(128, 64, cols, rest, 8, 2)
 
 
+SCORES = tuning.Tunable(
+    "attention.scores",
+    attention_config,
+    {"queries": (64, 128), "keys": (32, 64, 128), "warps": (4, 8), "stages": (2, 3)},
+)
+
+
 def launch_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, implementation: str
 ) -> torch.Tensor:
@@ -173,7 +188,7 @@ def launch_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
     if out.numel() == 0:
         return out
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-    config = attention_config(depth, q.element_size())
+    config = SCORES.config(q.device, depth, q.element_size())
     library.launch(
         kernel.attention, (-(-tokens // config.queries), batch * heads),
         q, k, v, out, heads, tokens, k.shape[2], scale * math.log2(math.e),
@@ -245,3 +260,15 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "float16 D=80": case(torch.float16, 80),
         "bfloat16 D=128": case(torch.bfloat16, 128),
     }
+
+
+def tuning_cases(device: torch.device, rows: int = 581) -> list[tuning.Case]:
+    """Calls to measure the configurations with; ``rows`` are tokens."""
+
+    cases = []
+    for depth in (64, 80, 128):
+        q, k, v = (torch.randn(8, 16, rows, depth, device=device).half() for _ in range(3))
+        args = (q, k, v, 1.0 / math.sqrt(depth), "triton")
+        key = (depth, q.element_size())
+        cases.append(tuning.Case(SCORES, key, launch_attention, reference.attention, args))
+    return cases

@@ -17,7 +17,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Up to here one program loops over the batch and one launch does it all. Above, one program's
 # memory parallelism is too little and two launches over many programs take over.
 LOOP_LIMIT = 16384
-BLOCK = 4096
 LARGEST_BATCH = 1 << 24
 MOST_BUCKETS = 64
 
@@ -90,11 +89,23 @@ def explain(scores: torch.Tensor, *args: Any, **kwargs: Any) -> library.Choice:
     if choice.implementation == "reference":
         return choice
     n = scores.shape[0]
-    config = {"launches": 1 if n <= LOOP_LIMIT else 2, "block": _block(n)}
+    steps = STEPS.explain(scores.device, tuning.power_of_two(n))
+    config = {"launches": 1 if n <= LOOP_LIMIT else 2, **steps}
     return library.Choice(choice.op, choice.implementation, choice.reason, config)
 
 
-# --- launcher ------------------------------------------------------------------------------
+# --- configuration and launcher ------------------------------------------------------------
+
+
+def steps_config(n: int) -> tuning.Block:
+    """Samples per step, for at most ``n``: the batch in one step up to 4096."""
+    size = min(4096, max(32, tuning.power_of_two(n)))
+    return tuning.Block(size, max(1, min(16, size // 128)))
+
+
+STEPS = tuning.Tunable(
+    "cascade_route.steps", steps_config, {"size": (1024, 2048, 4096), "warps": (4, 8, 16)}
+)
 
 
 def launch_route(
@@ -119,12 +130,13 @@ def launch_route(
         0 if lows is None else lows.stride(0),
         0 if highs is None else highs.stride(0),
     )
-    block = _block(n)
+    config = STEPS.config(scores.device, tuning.power_of_two(n))
+    block = config.size
     flags = {
         "FROM_LOGITS": from_logits,
         "PER_SAMPLE": lows is not None,
         "BLOCK": block,
-        "num_warps": max(1, min(16, block // 128)),
+        "num_warps": config.warps,
         "enable_fp_fusion": False,
     }
     if n <= LOOP_LIMIT:
@@ -148,11 +160,6 @@ def launch_route(
         num_warps=flags["num_warps"],
     )  # fmt: skip
     return routes, positions, summary, probability
-
-
-def _block(n: int) -> int:
-    """Samples per step: the batch in one step where it fits."""
-    return min(BLOCK, max(32, tuning.power_of_two(n)))
 
 
 # --- registration --------------------------------------------------------------------------
@@ -251,3 +258,15 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             (tensor(1 << 20), tensor(1 << 20), tensor(1 << 20), 0.0, 0.0, True, [1 << 20]),
         ),
     }  # fmt: skip
+
+
+def tuning_cases(device: torch.device, rows: int = 1048576) -> list[tuning.Case]:
+    """Calls to measure the configurations with."""
+
+    cases = []
+    n = 64
+    while n <= rows:
+        args = (torch.randn(n, device=device), None, None, 0.15, 0.85, True, [8, n])
+        cases.append(tuning.Case(STEPS, (n,), launch_route, reference.route, args))
+        n *= 4
+    return cases

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -100,7 +100,7 @@ def explain(features: torch.Tensor, w1: torch.Tensor, *_: Any, **__: Any) -> lib
     choice = library.choose(HEAD, features.device, features, None, None, w1)
     if choice.implementation == "reference":
         return choice
-    config = asdict(head_config(features.shape[1], features.element_size()))
+    config = HEAD_TILE.explain(features.device, features.shape[1], features.element_size())
     return library.Choice(choice.op, choice.implementation, choice.reason, config)
 
 
@@ -130,6 +130,12 @@ def head_config(depth: int, itemsize: int) -> HeadConfig:
     return HeadConfig(16, 16, max(16, min(widest, tuning.power_of_two(depth))), 4)
 
 
+# More units than the rule's would do; fewer would allow fewer of them in all (see MOST_PARTS).
+HEAD_TILE = tuning.Tunable(
+    "classifier_head.hidden", head_config, {"units": (16, 32), "depth": (64, 128), "warps": (2, 4)}
+)
+
+
 def launch_head(
     x: torch.Tensor,
     norm_weight: torch.Tensor | None,
@@ -157,7 +163,7 @@ def launch_head(
     if rows == 0:
         return logits, probability, routes
     flat, weight = as_rows(x), as_rows(w1)
-    config = head_config(depth, x.element_size())
+    config = HEAD_TILE.config(x.device, depth, x.element_size())
     parts = -(-units // config.units)
     partial = torch.empty((rows, parts), dtype=torch.float32, device=x.device)
     library.launch(
@@ -266,3 +272,18 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         return launch_head, (x, vector, vector, w1, b1, b1, b2, *rest)
 
     return {"float16 norm": case(torch.float16, True), "float32": case(torch.float32, False)}
+
+
+def tuning_cases(device: torch.device, rows: int = 64) -> list[tuning.Case]:
+    """Calls to measure the configurations with."""
+
+    cases = []
+    for depth in tuning.WIDTHS:
+        x, w1 = (torch.randn(n, depth, device=device).half() for n in (rows, 256))
+        b1, w2 = (torch.randn(256, device=device).half() for _ in range(2))
+        head = (None, None, w1 / depth**0.5, b1, w2, None)
+        args = (x, *head, None, None, 0.15, 0.85, True, 1e-5, False)
+        key = (depth, x.element_size())
+        # Routes follow from the logits, whose last bits depend on the configuration.
+        cases.append(tuning.Case(HEAD_TILE, key, launch_head, reference.head, args, outputs=2))
+    return cases

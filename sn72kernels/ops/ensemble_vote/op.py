@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from sn72kernels import library
+from sn72kernels import library, tuning
 from sn72kernels.errors import ArgumentError, check_tensor
 from sn72kernels.ops.ensemble_vote import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_MODELS = 8
-BLOCK = 1024
 
 
 def ensemble_vote(
@@ -49,10 +48,26 @@ def ensemble_vote(
 
 def explain(scores: torch.Tensor | Sequence[torch.Tensor], *_: Any, **__: Any) -> library.Choice:
     """Which implementation a call with these arguments would run, and why."""
-    return library.choose(VOTE, _columns(scores)[0].device)
+    columns = _columns(scores)
+    device = columns[0].device
+    choice = library.choose(VOTE, device)
+    if choice.implementation == "reference":
+        return choice
+    config = SAMPLES.explain(device, len(columns))
+    return library.Choice(choice.op, choice.implementation, choice.reason, config)
 
 
-# --- launcher ------------------------------------------------------------------------------
+# --- configuration and launcher ------------------------------------------------------------
+
+
+def samples_config(models: int) -> tuning.Block:
+    """Samples per program: 8 to a thread, whatever the number of models."""
+    return tuning.Block(1024, 4)
+
+
+SAMPLES = tuning.Tunable(
+    "ensemble_vote.samples", samples_config, {"size": (256, 512, 1024, 2048), "warps": (2, 4, 8)}
+)
 
 
 def launch_vote(
@@ -66,11 +81,12 @@ def launch_vote(
     if n == 0:
         return out
     rows = [score.contiguous() for score in scores]
+    config = SAMPLES.config(out.device, len(rows))
     padded = rows + [None] * (MOST_MODELS - len(rows))
     library.launch(
-        kernel.vote, (-(-n // BLOCK),), *padded, weights, out, n,
-        MODELS=len(rows), FROM_LOGITS=from_logits, BLOCK=BLOCK,
-        num_warps=4, enable_fp_fusion=False,
+        kernel.vote, (-(-n // config.size),), *padded, weights, out, n,
+        MODELS=len(rows), FROM_LOGITS=from_logits, BLOCK=config.size,
+        num_warps=config.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -136,3 +152,16 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             launch_vote, ([tensor(4096, torch.float16)] * 3, tensor(3), True),
         ),
     }  # fmt: skip
+
+
+def tuning_cases(device: torch.device, rows: int = 65536) -> list[tuning.Case]:
+    """Calls to measure the configurations with."""
+
+    return [
+        tuning.Case(
+            SAMPLES, (models,), launch_vote, reference.vote,
+            ([torch.rand(rows, device=device) for _ in range(models)],
+             torch.rand(models, device=device), False),
+        )
+        for models in range(2, MOST_MODELS + 1)
+    ]  # fmt: skip

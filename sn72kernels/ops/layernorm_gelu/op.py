@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, Literal, overload
 
 import torch
@@ -89,8 +88,8 @@ def explain(x: torch.Tensor, *args: Any, **kwargs: Any) -> library.Choice:
     choice = library.choose(FORWARD, x.device, x)
     if choice.implementation == "reference":
         return choice
-    config = tile_config(x.shape[-1], x.element_size())
-    return library.Choice(choice.op, choice.implementation, choice.reason, asdict(config))
+    config = FORWARD_TILE.explain(x.device, x.shape[-1], x.element_size())
+    return library.Choice(choice.op, choice.implementation, choice.reason, config)
 
 
 # --- configuration -------------------------------------------------------------------------
@@ -104,6 +103,10 @@ def tile_config(cols: int, itemsize: int) -> tuning.RowTile:
 def backward_config(cols: int) -> tuning.RowTile:
     """Backward configuration: two more rows live in registers, so tiles are narrower."""
     return tuning.row_tile(cols, 4, widest=8192, tile_bytes=8192, thread_bytes=32)
+
+
+FORWARD_TILE = tuning.Tunable("layernorm_gelu.forward", tile_config, tuning.ROW_CHOICES)
+BACKWARD_TILE = tuning.Tunable("layernorm_gelu.backward", backward_config, tuning.ROW_CHOICES)
 
 
 # --- launchers -----------------------------------------------------------------------------
@@ -130,7 +133,7 @@ def launch_forward(
     if rows == 0:
         return out, total, stats
     other = None if residual is None else as_rows(residual)
-    config = tile_config(cols, x.element_size())
+    config = FORWARD_TILE.config(x.device, cols, x.element_size())
     arguments = (
         flat, other, weight, bias, out, total, stats,
         rows, cols, flat.stride(0), 0 if other is None else other.stride(0), eps,
@@ -168,7 +171,7 @@ def launch_backward(
     flat, up = as_rows(total), as_rows(grad)
     up_total = None if grad_total is None else as_rows(grad_total)
     rows, cols = flat.shape
-    config = backward_config(cols)
+    config = BACKWARD_TILE.config(total.device, cols)
     # Enough programs to fill the device twice, few enough that their partial sums stay small.
     programs = max(1, min(-(-rows // config.rows), 2 * tuning.sms(total.device)))
     grad_x = torch.empty(total.shape, dtype=total.dtype, device=total.device)
@@ -379,4 +382,22 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     cases["forward tanh float16 N=16384"] = (
         launch_forward, (x, None, vector, vector, 1e-5, True, False, False),
     )  # fmt: skip
+    return cases
+
+
+def tuning_cases(device: torch.device, rows: int = 8192) -> list[tuning.Case]:
+    """Calls to measure the configurations with."""
+
+    cases = []
+    for cols in tuning.WIDTHS:
+        x = torch.randn(rows, cols, device=device).half()
+        w, b = (torch.randn(cols, device=device).half() for _ in range(2))
+        forward = (x, None, w, b, 1e-5, False, False, True)
+        stats = reference.forward(*forward)[2]
+        backward = (torch.randn_like(x), None, x, stats, w, b, False)
+        key = (cols, x.element_size())
+        cases.append(tuning.Case(FORWARD_TILE, key, launch_forward, reference.forward, forward))
+        cases.append(
+            tuning.Case(BACKWARD_TILE, (cols,), launch_backward, reference.backward, backward)
+        )
     return cases

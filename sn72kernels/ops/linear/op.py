@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
 from sn72kernels import device as devices
-from sn72kernels import library
+from sn72kernels import library, tuning
 from sn72kernels.errors import ArgumentError, check_tensor
 from sn72kernels.ops.layout import as_rows, check_rows
 from sn72kernels.ops.linear import reference
@@ -79,7 +79,7 @@ def explain(x: torch.Tensor, *_: Any, **__: Any) -> library.Choice:
     if choice.implementation == "reference":
         return choice
     decode = x.dtype != torch.int8 and devices.arch(x.device) < FP8_ARCH
-    config = asdict(linear_config(x.numel() // x.shape[-1], decode))
+    config = PRODUCT.explain(x.device, tuning.power_of_two(x.numel() // x.shape[-1]), decode)
     return library.Choice(choice.op, choice.implementation, choice.reason, config)
 
 
@@ -120,6 +120,14 @@ def linear_config(rows: int, decode: bool = False) -> LinearConfig:
     return LinearConfig(128, 64, 128, 8, 3)
 
 
+# Looked up by the next power of two of the rows: the rule, too, has no finer steps.
+PRODUCT = tuning.Tunable(
+    "linear.product",
+    linear_config,
+    {"rows": (16, 64, 128), "units": (32, 64, 128), "warps": (4, 8), "stages": (2, 3, 4)},
+)
+
+
 def launch_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -141,7 +149,7 @@ def launch_linear(
     decode = not integer and devices.arch(x.device) < FP8_ARCH
     if decode:
         flat, weight = flat.view(torch.uint8), weight.view(torch.uint8)
-    config = linear_config(rows, decode)
+    config = PRODUCT.config(x.device, tuning.power_of_two(rows), decode)
     library.launch(
         kernel.linear, (-(-units // config.units), -(-rows // config.rows)),
         flat, x_scale.contiguous(), weight, w_scale.contiguous(), bias, out, rows, units, depth,
@@ -200,3 +208,24 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "int8 M=512": case(512, torch.int8),
         "fp8 M=512": case(512, torch.float8_e4m3fn),
     }
+
+
+def tuning_cases(device: torch.device, rows: int = 1024) -> list[tuning.Case]:
+    """Calls to measure the configurations with."""
+
+    cases = []
+    depth = units = 1024
+    count = 1
+    while count <= rows:
+        for dtype in CODES:
+            x, w = (
+                torch.randint(-99, 100, (n, depth), device=device).to(dtype) for n in (count, units)
+            )
+            scale, w_scale, bias = (torch.rand(n, device=device) for n in (count, units, units))
+            args = (x, scale / 1e4, w, w_scale, bias, "gelu", torch.float16)
+            decode = dtype != torch.int8 and devices.arch(device) < FP8_ARCH
+            cases.append(
+                tuning.Case(PRODUCT, (count, decode), launch_linear, reference.linear, args)
+            )
+        count *= 4
+    return cases

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from sn72kernels import library
+from sn72kernels import library, tuning
 from sn72kernels.errors import ArgumentError, ShapeError, check_tensor
 from sn72kernels.ops.preprocess import geometry, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Output pixels of one program: wide in the row, for whole cache lines in and out.
-ROWS = 4
-COLS = 64
-WARPS = 4
 
 Fit = Literal["center_crop", "squash", "pad"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -73,7 +70,7 @@ def explain(images: torch.Tensor, *_: Any, **__: Any) -> library.Choice:
     choice = library.choose(PREPROCESS, images.device, images)
     if choice.implementation == "reference":
         return choice
-    config = {"rows": ROWS, "cols": COLS, "warps": WARPS}
+    config = PIXELS.explain(images.device)
     return library.Choice(choice.op, choice.implementation, choice.reason, config)
 
 
@@ -103,7 +100,34 @@ def _normalisation(
     return scale.float().to(device), bias.float().to(device)
 
 
-# --- launcher ------------------------------------------------------------------------------
+# --- configuration and launcher ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PixelTile:
+    """How the output is cut.
+
+    Attributes:
+        rows: rows of output pixels per program.
+        cols: columns, likewise.
+        warps: warps per program.
+    """
+
+    rows: int
+    cols: int
+    warps: int
+
+
+def pixel_tile() -> PixelTile:
+    """Wide in the row, for whole cache lines in and out."""
+    return PixelTile(4, 64, 4)
+
+
+PIXELS = tuning.Tunable(
+    "preprocess.pixels",
+    pixel_tile,
+    {"rows": (1, 2, 4, 8), "cols": (32, 64, 128), "warps": (2, 4, 8)},
+)
 
 
 def launch_preprocess(
@@ -126,14 +150,16 @@ def launch_preprocess(
     out = torch.empty((count, 3, height, width), dtype=dtype, device=images.device)
     if out.numel() == 0:
         return out
+    config = PIXELS.config(images.device)
+    blocks = -(-height // config.rows) * -(-width // config.cols)
     library.launch(
-        kernel.preprocess, (-(-height // ROWS) * -(-width // COLS), 3, count),
+        kernel.preprocess, (blocks, 3, count),
         images, x_first, x_weights, y_first, y_weights, scale, bias, out,
         source_height, source_width, y_first.shape[0], x_first.shape[0], height, width, *border,
         *images.stride(),
-        X_TAPS=x_weights.shape[1], Y_TAPS=y_weights.shape[1], ROWS=ROWS, COLS=COLS,
+        X_TAPS=x_weights.shape[1], Y_TAPS=y_weights.shape[1], ROWS=config.rows, COLS=config.cols,
         # A fused multiply-add would round once where the definition rounds twice.
-        num_warps=WARPS, enable_fp_fusion=False,
+        num_warps=config.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -195,3 +221,15 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     axis = (tensor(224), tensor(224, 15))
     arguments = (images, *axis, *axis, vector, vector, [224, 224], [0, 0], torch.float16)
     return {"1280x720 to 224x224 float16": (launch_preprocess, arguments)}
+
+
+def tuning_cases(device: torch.device, rows: int = 720) -> list[tuning.Case]:
+    """Calls to measure the configurations with; ``rows`` are those of an image."""
+
+    shape = (16, rows, rows * 16 // 9, 3)
+    images = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
+    place = geometry.place((shape[1], shape[2]), (224, 224), "center_crop", 1.0)
+    x_taps, y_taps = _taps(place, images, "bicubic")
+    scale, bias = _normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), device)
+    args = (images, *x_taps, *y_taps, scale, bias, [224, 224], [0, 0], torch.float16)
+    return [tuning.Case(PIXELS, (), launch_preprocess, reference.preprocess, args)]

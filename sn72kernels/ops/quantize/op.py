@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -101,7 +100,7 @@ def explain(x: torch.Tensor, *args: Any, **kwargs: Any) -> library.Choice:
     choice = library.choose(spec, x.device, x)
     if choice.implementation == "reference":
         return choice
-    config = asdict(tile_config(x.shape[-1]))
+    config = TILE.explain(x.device, x.shape[-1])
     return library.Choice(choice.op, choice.implementation, choice.reason, config)
 
 
@@ -116,6 +115,10 @@ def tile_config(cols: int) -> tuning.RowTile:
 def token_config(cols: int) -> tuning.RowTile:
     """Rows for scales per token: whole where they fit registers."""
     return tuning.row_tile(cols, 2, widest=16384, tile_bytes=8192, thread_bytes=32)
+
+
+TILE = tuning.Tunable("quantize.tile", tile_config, tuning.ROW_CHOICES)
+TOKEN_TILE = tuning.Tunable("quantize.token", token_config, tuning.ROW_CHOICES)
 
 
 def launch_static(
@@ -143,7 +146,7 @@ def launch_token(x: torch.Tensor, fp8: bool) -> tuple[torch.Tensor, torch.Tensor
     flat, codes = as_rows(x), torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rows, cols = flat.shape
-    config = token_config(cols)
+    config = TOKEN_TILE.config(x.device, cols)
     arguments = (flat, codes, scale, rows, cols, flat.stride(0))
     flags = {"FP8": fp8, "COLS": config.cols, "num_warps": config.warps}
     if rows and config.whole:
@@ -174,7 +177,7 @@ def launch_dequantize(
 
 def _tiles(flat: torch.Tensor) -> tuple[tuning.RowTile, tuple[int, int]]:
     rows, cols = flat.shape
-    config = tile_config(cols)
+    config = TILE.config(flat.device, cols)
     return config, (-(-rows // config.rows), -(-cols // config.cols))
 
 
@@ -260,3 +263,17 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             launch_dequantize, (tensor(64, 1024, dtype=codes), rows, "token", torch.float16),
         ),
     }  # fmt: skip
+
+
+def tuning_cases(device: torch.device, rows: int = 8192) -> list[tuning.Case]:
+    """Calls to measure the configurations with."""
+
+    cases = []
+    for cols in tuning.WIDTHS:
+        x = torch.randn(rows, cols, device=device).half()
+        static = (x, torch.rand(cols, device=device) + 0.01, "channel", True)
+        cases.append(tuning.Case(TILE, (cols,), launch_static, reference.quantize_static, static))
+        cases.append(
+            tuning.Case(TOKEN_TILE, (cols,), launch_token, reference.quantize_token, (x, True))
+        )
+    return cases

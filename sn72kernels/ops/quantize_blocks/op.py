@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from sn72kernels import library
+from sn72kernels import library, tuning
 from sn72kernels.errors import ArgumentError, ShapeError, check_tensor
 from sn72kernels.ops.layout import as_rows, check_rows
 from sn72kernels.ops.quantize_blocks import reference
@@ -15,9 +15,6 @@ Format = Literal["nvfp4", "mxfp8"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES: dict[str, int] = {"nvfp4": reference.NVFP4_BLOCK, "mxfp8": reference.MXFP8_BLOCK}
-# Elements of one program: 16 to a thread, two 128-bit loads of a 16-bit input.
-ELEMENTS = 2048
-WARPS = 4
 
 
 class BlockQuantized(NamedTuple):
@@ -134,8 +131,21 @@ def explain(x: torch.Tensor, *_: Any, **__: Any) -> library.Choice:
     choice = library.choose(spec, x.device, x)
     if choice.implementation == "reference":
         return choice
-    config = {"elements": ELEMENTS, "warps": WARPS}
+    config = ELEMENTS.explain(x.device)
     return library.Choice(choice.op, choice.implementation, choice.reason, config)
+
+
+# --- configuration -------------------------------------------------------------------------
+
+
+def elements_config() -> tuning.Block:
+    """Elements of one program: 16 to a thread, two 128-bit loads of a 16-bit input."""
+    return tuning.Block(2048, 4)
+
+
+ELEMENTS = tuning.Tunable(
+    "quantize_blocks.elements", elements_config, {"size": (1024, 2048, 4096), "warps": (2, 4, 8)}
+)
 
 
 # --- launchers -----------------------------------------------------------------------------
@@ -151,12 +161,12 @@ def launch_quantize_nvfp4(
     per_row = x.shape[-1] // 16
     values = torch.empty((*lead, per_row * 8), dtype=torch.uint8, device=x.device)
     scale = torch.empty((*lead, per_row), dtype=torch.uint8, device=x.device)
-    blocks, grid = _grid(scale, 16)
+    blocks, grid, config = _grid(scale, 16)
     if blocks:
         library.launch(
             kernel.quantize_nvfp4, grid,
             flat, global_scale, values, scale, blocks, per_row, flat.stride(0),
-            BLOCKS=ELEMENTS // 16, num_warps=WARPS,
+            BLOCKS=config.size // 16, num_warps=config.warps,
         )  # fmt: skip
     return values, scale.view(torch.float8_e4m3fn)
 
@@ -169,12 +179,12 @@ def launch_quantize_mxfp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     per_row = x.shape[-1] // 32
     values = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scale = torch.empty((*x.shape[:-1], per_row), dtype=torch.uint8, device=x.device)
-    blocks, grid = _grid(scale, 32)
+    blocks, grid, config = _grid(scale, 32)
     if blocks:
         library.launch(
             kernel.quantize_mxfp8, grid,
             flat, values, scale, blocks, per_row, flat.stride(0),
-            BLOCKS=ELEMENTS // 32, num_warps=WARPS,
+            BLOCKS=config.size // 32, num_warps=config.warps,
         )  # fmt: skip
     return values.view(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu)
 
@@ -187,12 +197,12 @@ def launch_dequantize_nvfp4(
 
     shape = (*values.shape[:-1], values.shape[-1] * 2)
     out = torch.empty(shape, dtype=dtype, device=values.device)
-    blocks, grid = _grid(scale, 16)
+    blocks, grid, config = _grid(scale, 16)
     if blocks:
         library.launch(
             kernel.dequantize_nvfp4, grid,
             values.contiguous(), scale.contiguous().view(torch.uint8), global_scale, out, blocks,
-            BLOCKS=ELEMENTS // 16, num_warps=WARPS,
+            BLOCKS=config.size // 16, num_warps=config.warps,
         )  # fmt: skip
     return out
 
@@ -204,20 +214,20 @@ def launch_dequantize_mxfp8(
     from sn72kernels.ops.quantize_blocks import kernel
 
     out = torch.empty(values.shape, dtype=dtype, device=values.device)
-    blocks, grid = _grid(scale, 32)
+    blocks, grid, config = _grid(scale, 32)
     if blocks:
         library.launch(
             kernel.dequantize_mxfp8, grid,
             values.contiguous().view(torch.uint8), scale.contiguous().view(torch.uint8), out,
-            blocks, BLOCKS=ELEMENTS // 32, num_warps=WARPS,
+            blocks, BLOCKS=config.size // 32, num_warps=config.warps,
         )  # fmt: skip
     return out
 
 
-def _grid(scale: torch.Tensor, size: int) -> tuple[int, tuple[int]]:
-    """Number of blocks, and of programs."""
-    blocks = scale.numel()
-    return blocks, (-(-blocks // (ELEMENTS // size)),)
+def _grid(scale: torch.Tensor, size: int) -> tuple[int, tuple[int], tuning.Block]:
+    """Number of blocks, of programs, and how much a program does."""
+    blocks, config = scale.numel(), ELEMENTS.config(scale.device)
+    return blocks, (-(-blocks // (config.size // size)),), config
 
 
 # --- registration --------------------------------------------------------------------------
@@ -305,3 +315,10 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             launch_dequantize_mxfp8, (tensor(64, 1024, dtype=e4m3), eights, torch.float16),
         ),
     }  # fmt: skip
+
+
+def tuning_cases(device: torch.device, rows: int = 8192) -> list[tuning.Case]:
+    """Calls to measure the configurations with."""
+
+    args = (torch.randn(rows, 1024, device=device).half(), torch.ones((), device=device))
+    return [tuning.Case(ELEMENTS, (), launch_quantize_nvfp4, reference.quantize_nvfp4, args)]

@@ -11,8 +11,6 @@ from sn72kernels.errors import ArgumentError, ShapeError, check_tensor
 from sn72kernels.ops.rope import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-TOKENS = 32
-WARPS = 4
 
 
 def rope(
@@ -78,8 +76,19 @@ def explain(q: torch.Tensor, *_: Any, **__: Any) -> library.Choice:
     choice = library.choose(ROPE, q.device, q)
     if choice.implementation == "reference":
         return choice
-    config = {"tokens": TOKENS, "warps": WARPS}
+    config = TOKENS.explain(q.device, q.shape[3], q.element_size())
     return library.Choice(choice.op, choice.implementation, choice.reason, config)
+
+
+# --- configuration -------------------------------------------------------------------------
+
+
+def tokens_config(depth: int, itemsize: int) -> tuning.Block:
+    """Tokens per program, for heads of ``depth`` columns: 4 KiB of 64 columns of float16."""
+    return tuning.Block(32, 4)
+
+
+TOKENS = tuning.Tunable("rope.tokens", tokens_config, {"size": (8, 16, 32, 64), "warps": (2, 4, 8)})
 
 
 # --- launchers -----------------------------------------------------------------------------
@@ -113,7 +122,8 @@ def _launch(
 
     batch, q_heads, tokens, depth = q.shape
     k_heads, half = k.shape[1], depth // 2
-    grid = (-(-(tokens - first) // TOKENS), batch * (q_heads + k_heads))
+    config = TOKENS.config(q.device, depth, q.element_size())
+    grid = (-(-(tokens - first) // config.size), batch * (q_heads + k_heads))
     if 0 in grid:
         return
     if cos.stride() != sin.stride() or cos.stride(2) != 1:
@@ -123,7 +133,7 @@ def _launch(
         q, k, q_out, k_out, cos, sin, q_heads, k_heads, tokens, first, tokens - cos.shape[1],
         *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
         *cos.stride()[:2],
-        HALF=half, WIDTH=tuning.power_of_two(half), TOKENS=TOKENS, num_warps=WARPS,
+        HALF=half, WIDTH=tuning.power_of_two(half), TOKENS=config.size, num_warps=config.warps,
     )  # fmt: skip
 
 
@@ -199,3 +209,15 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "float16 D=64": case(launch_rope, torch.float16, 64),
         "in place float32 D=80": case(launch_rope_, torch.float32, 80),
     }
+
+
+def tuning_cases(device: torch.device, rows: int = 581) -> list[tuning.Case]:
+    """Calls to measure the configurations with; ``rows`` are tokens."""
+
+    cases = []
+    for depth in (64, 80, 128):
+        q, k = (torch.randn(8, 16, rows, depth, device=device).half() for _ in range(2))
+        cos, sin = (torch.rand(8, rows, depth, device=device) for _ in range(2))
+        key = (depth, q.element_size())
+        cases.append(tuning.Case(TOKENS, key, launch_rope, reference.rope, (q, k, cos, sin)))
+    return cases

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
 import sn72kernels
-from sn72kernels import device, env, library, testing, tuning
+from sn72kernels import device, env, library, testing
 from sn72kernels.errors import ArgumentError, DtypeError, NoGpuError, check_tensor
 
 CUDA = torch.device("cuda", 0)
@@ -165,71 +162,3 @@ def test_error_ratio() -> None:
     assert testing.error_ratio(want * 1.5, want) == pytest.approx(0.5)
     assert testing.error_ratio(want * float("nan"), want) == float("inf")
     assert testing.error_ratio(want[:0], want[:0]) == 0.0
-
-
-# --- tuning --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Candidate:
-    size: int
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SN72_CACHE_DIR", str(tmp_path))
-    return tmp_path
-
-
-def test_autotune_keeps_the_fastest_correct_one(cache: Path) -> None:
-    times = {1: 3.0, 2: 1.0, 4: 2.0}
-    current: list[int] = []
-
-    def run(candidate: Candidate) -> None:
-        current[:] = [candidate.size]
-
-    def measure(call: object) -> float:
-        call()  # type: ignore[operator]
-        return times[current[0]]
-
-    candidates = [Candidate(size) for size in times]
-    best = tuning.autotune(
-        "op", (64, "f16"), candidates, run, lambda c: c.size != 2, arch=90, measure=measure
-    )
-    assert best == Candidate(4)
-    assert tuning.tuned("op", (64, "f16"), Candidate, 90) == best
-    assert tuning.tuned("op", (65, "f16"), Candidate, 90) is None
-    assert tuning.tuned("op", (64, "f16"), Candidate, 80) is None
-    path = tuning.cache_file(90)
-    assert cache in path.parents
-    assert json.loads(path.read_text()) == {"op/64/f16": {"config": {"size": 4}, "ms": 2.0}}
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_no_correct_candidate_is_an_error(cache: Path) -> None:
-    with pytest.raises(ArgumentError, match="none of the 1 candidates for op computes it right"):
-        tuning.autotune(
-            "op", (), [Candidate(1)], print, lambda _: False, arch=90, measure=lambda _: 0.0
-        )
-
-
-@pytest.mark.parametrize("text", ["", "[1]", '{"op/1": {"config": {"other": 1}}}', '{"op/1": {}}'])
-def test_unusable_cache_is_as_none(cache: Path, text: str) -> None:
-    path = tuning.cache_file(90)
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    assert tuning.tuned("op", (1,), Candidate, 90) is None
-
-
-def test_tuning_can_be_switched_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuning.autotune(
-        "op", (1,), [Candidate(1)], print, lambda _: True, arch=90, measure=lambda _: 1.0
-    )
-    monkeypatch.setenv("SN72_TUNING", "0")
-    assert tuning.tuned("op", (1,), Candidate, 90) is None
-
-
-def test_power_of_two() -> None:
-    assert [tuning.power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 1023, 1025)] == [
-        1, 1, 2, 4, 4, 8, 1024, 2048,
-    ]  # fmt: skip
