@@ -7,6 +7,7 @@ times; without one it times the reference paths on the CPU and says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -32,12 +33,13 @@ def race(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> Runner:
         assert correct(ours(*arguments))
         if torch.cuda.is_available():
             timings = bench.compare(candidates, arguments, correct=correct, bytes_moved=bytes_moved)
-            benchmark.extra_info["timings"] = [str(timing) for timing in timings]
+            benchmark.extra_info["timings"] = [asdict(timing) for timing in timings]
             with capsys.disabled():
                 print("\n" + bench.format_timings(title, timings))
         else:
             with capsys.disabled():
                 print(f"\n{title}: no GPU is present; this is the reference path on the CPU")
+        benchmark.extra_info["title"] = title
         benchmark.extra_info["gpu"] = torch.cuda.is_available()
         benchmark(ours, *arguments)
 
