@@ -95,8 +95,7 @@ FILTERS: dict[str, tuple[Callable[[Doubles], Doubles], float]] = {
 }
 
 
-@functools.lru_cache(maxsize=256)
-def taps(
+def _compute(
     source: int, begin: float, end: float, size: int, interpolation: str, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """First source pixel and fixed-point weights of every output pixel along one axis.
@@ -136,3 +135,15 @@ def taps(
         torch.from_numpy(first.astype(np.int32)).to(device),
         torch.from_numpy(fixed.astype(np.int32)).to(device),
     )
+
+
+_remembered = functools.lru_cache(maxsize=256)(_compute)
+
+
+def taps(
+    source: int, begin: float, end: float, size: int, interpolation: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`_compute`, remembered; not while tracing, whose tensors hold no numbers."""
+    if torch.compiler.is_compiling():
+        return _compute(source, begin, end, size, interpolation, device)
+    return _remembered(source, begin, end, size, interpolation, device)

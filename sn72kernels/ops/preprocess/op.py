@@ -85,8 +85,7 @@ def _taps(
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _normalisation(
+def _scale_and_bias(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and bias for pixels in [0, 255], computed in float64 and rounded once."""
@@ -98,6 +97,18 @@ def _normalisation(
     middle = torch.tensor(mean, dtype=torch.float64)
     scale, bias = 1.0 / (255.0 * spread), -middle / spread
     return scale.float().to(device), bias.float().to(device)
+
+
+_remembered = functools.lru_cache(maxsize=64)(_scale_and_bias)
+
+
+def _normalisation(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`_scale_and_bias`, remembered; not while tracing, whose tensors hold no numbers."""
+    if torch.compiler.is_compiling():
+        return _scale_and_bias(mean, std, device)
+    return _remembered(mean, std, device)
 
 
 # --- configuration and launcher ------------------------------------------------------------

@@ -122,9 +122,9 @@ def test_normalisation_is_the_plain_formula() -> None:
 def test_weights_are_found_again() -> None:
     images = make(1, 9, 8, 2)
     sn72kernels.preprocess(images, (4, 4))
-    before = geometry.taps.cache_info().hits
+    before = geometry._remembered.cache_info().hits
     sn72kernels.preprocess(images, (4, 4))
-    assert geometry.taps.cache_info().hits == before + 2
+    assert geometry._remembered.cache_info().hits == before + 2
 
 
 def test_opcheck() -> None:
@@ -137,6 +137,22 @@ def test_opcheck() -> None:
         torch.ops.sn72.preprocess.default,
         (images, *x_taps, *y_taps, ones, ones, [4, 5], [place.top, place.left], torch.float16),
     )
+
+
+def test_export_has_one_node() -> None:
+    """The weights become constants of the program, for the size that it was exported with."""
+
+    class Model(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return sn72kernels.preprocess(images, (4, 5))
+
+    torch.use_deterministic_algorithms(False)
+    images = make(2, 9, 8, 5)
+    program = torch.export.export(Model(), (images,))
+    targets = [node.target for node in program.graph.nodes]
+    assert targets.count(torch.ops.sn72.preprocess.default) == 1
+    other = make(2, 9, 8, 6)
+    assert torch.equal(program.module()(other), sn72kernels.preprocess(other, (4, 5)))
 
 
 def test_errors_name_the_argument() -> None:
