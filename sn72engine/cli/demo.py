@@ -13,7 +13,7 @@ SUMMARY = "the whole job on pretrained models and photographs, with a report"
 EXAMPLES = """\
   sn72engine demo                                  # writes demo-report/report.html
   sn72engine demo --data imagenet/labels.csv       # thresholds and accuracy from real labels
-  sn72engine demo --target '' --output /tmp/demo   # without the GPU engines
+  sn72engine demo --target '' --output cpu-demo    # without the GPU engines
 """
 
 
