@@ -99,6 +99,18 @@ def version(module: str) -> str | None:
     return None
 
 
+def installed_version(module: str) -> str:
+    """As :func:`version`, for a package that must be there.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    found = version(module)
+    if found is None:
+        raise MissingDependencyError(f"{module} is not installed; run: {DEPENDENCIES[module].hint}")
+    return found
+
+
 def available(module: str) -> bool:
     """Whether ``module`` can be found and is new enough, without importing it."""
     try:

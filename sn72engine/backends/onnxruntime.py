@@ -17,7 +17,7 @@ from sn72engine import _deps, onnx_file
 from sn72engine.backends.advice import explain
 from sn72engine.backends.base import Array, BuiltFiles
 from sn72engine.engine import Engine
-from sn72engine.errors import BuildError, MissingDependencyError, SessionError
+from sn72engine.errors import BuildError, SessionError
 from sn72engine.half import to_half
 from sn72engine.model import OnnxModel, TensorSpec
 from sn72engine.qdq import lower_for_cpu
@@ -67,11 +67,7 @@ class OnnxRuntimeBackend:
         Raises:
             MissingDependencyError: it is not installed.
         """
-        version = _deps.version("onnxruntime")
-        if version is None:
-            hint = _deps.DEPENDENCIES["onnxruntime"].hint
-            raise MissingDependencyError(f"onnxruntime is not installed; run: {hint}")
-        return version
+        return _deps.installed_version("onnxruntime")
 
     def target(self, options: BuildOptions) -> str:
         """``cpu`` or ``cuda``: the file holds no machine code, so no architecture is named."""

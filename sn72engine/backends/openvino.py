@@ -28,7 +28,7 @@ from sn72engine import _deps, onnx_file
 from sn72engine.backends.advice import explain
 from sn72engine.backends.base import Array, BuiltFiles
 from sn72engine.engine import Engine
-from sn72engine.errors import BuildError, MissingDependencyError, SessionError
+from sn72engine.errors import BuildError, SessionError
 from sn72engine.model import OnnxModel, TensorSpec
 from sn72engine.qdq import lower_for_cpu
 from sn72engine.spec import BackendName, BuildOptions, RuntimeOptions, ShapeRange
@@ -73,11 +73,7 @@ class OpenVinoBackend:
         Raises:
             MissingDependencyError: it is not installed.
         """
-        version = _deps.version("openvino")
-        if version is None:
-            hint = _deps.DEPENDENCIES["openvino"].hint
-            raise MissingDependencyError(f"openvino is not installed; run: {hint}")
-        return version
+        return _deps.installed_version("openvino")
 
     def target(self, options: BuildOptions) -> str:
         """``cpu``: the file holds no machine code, so no architecture is named."""

@@ -22,7 +22,7 @@ from sn72engine.backends.base import BuiltFiles
 from sn72engine.backends.tensorrt_log import advise, explain, make_logger, warnings
 from sn72engine.backends.tensorrt_runner import TensorRTRunner, numpy_name
 from sn72engine.engine import Engine
-from sn72engine.errors import BuildError, MissingDependencyError, SessionError
+from sn72engine.errors import BuildError, SessionError
 from sn72engine.half import to_half
 from sn72engine.model import OnnxModel, TensorSpec
 from sn72engine.progress import Progress
@@ -47,11 +47,7 @@ class TensorRTBackend:
         Raises:
             MissingDependencyError: it is not installed.
         """
-        version = _deps.version(self.name)
-        if version is None:
-            hint = _deps.DEPENDENCIES[self.name].hint
-            raise MissingDependencyError(f"{self.name} is not installed; run: {hint}")
-        return version
+        return _deps.installed_version(self.name)
 
     def target(self, options: BuildOptions) -> str:
         """Compute capability that the engine is for, such as ``sm_89``.

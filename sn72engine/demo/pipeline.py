@@ -35,6 +35,7 @@ from sn72engine.spec import (
     BuildOptions,
     CalibrationOptions,
     ExportOptions,
+    Precision,
     QuantizeOptions,
     RuntimeOptions,
     ShapeRange,
@@ -211,7 +212,7 @@ def verify_int8(int8: Session, fp32: Session, evaluation: Evaluation) -> VerifyR
     )
 
 
-def build_for_gpu(model: OnnxModel, precision: str, target: str) -> dict[str, Any]:
+def build_for_gpu(model: OnnxModel, precision: Precision, target: str) -> dict[str, Any]:
     """Build a TensorRT-RTX engine for a card that is not here; what it is, or why it is not."""
     try:
         engine: Engine = build(
@@ -220,7 +221,7 @@ def build_for_gpu(model: OnnxModel, precision: str, target: str) -> dict[str, An
                 backend="tensorrt_rtx",
                 target=target,
                 batch=_BATCH,
-                precision="fp16" if precision == "fp16" else "int8",
+                precision=precision,
             ),
         )
     except (BuildError, ImportError) as error:

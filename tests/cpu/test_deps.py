@@ -32,6 +32,8 @@ def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
     assert "pip install 'sn72engine[quantize]'" in message
     assert "\n" not in message
     assert not _deps.available("no_such_module")
+    with pytest.raises(MissingDependencyError, match=r"not installed; run: pip install"):
+        _deps.installed_version("no_such_module")
 
 
 def test_an_old_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
