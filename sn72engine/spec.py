@@ -18,12 +18,27 @@ Fit = Literal["center_crop", "squash", "pad"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box"]
 Layout = Literal["nchw", "nhwc"]
 FloatType = Literal["float32", "float16"]
-Precision = Literal["fp32", "fp16", "int8"]
-CalibrationMethod = Literal["entropy", "max"]
+QuantizedPrecision = Literal["int8", "fp8", "nvfp4", "mxfp8"]
+#: Of a model or engine as a whole; ``mixed`` holds layers of several quantised formats.
+Precision = Literal["fp32", "fp16", "int8", "fp8", "nvfp4", "mxfp8", "mixed"]
+#: What an override may ask of a layer.
+LayerPrecision = Literal["int8", "fp8", "nvfp4", "mxfp8", "float"]
+CalibrationMethod = Literal["auto", "entropy", "max", "smoothquant"]
 BackendName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
+
+HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
+Tiling = Literal["none", "fast", "moderate", "full"]
+Refit = Literal["none", "identical", "any"]
+ProfilingVerbosity = Literal["none", "layer_names", "detailed"]
+Plugin = Literal["layernorm_gelu"]
+ShapeKernels = Literal["lazy", "eager", "none"]
+Provider = Literal["cuda", "tensorrt"]
 
 #: Backends whose engines run on a CPU when no target is given.
 CPU_BACKENDS = ("onnxruntime", "openvino")
+
+#: Backends that share the TensorRT API.
+TENSORRT_BACKENDS = ("tensorrt", "tensorrt_rtx")
 
 
 class Options:
@@ -71,6 +86,11 @@ class Options:
             nested = cls._nested().get(name)
             if nested is not None and isinstance(value, Mapping):
                 value = nested.from_dict(value, where=f"{where}.{name}")
+            elif nested is not None and isinstance(value, list):
+                value = [
+                    nested.from_dict(item, where=f"{where}.{name}[{index}]")
+                    for index, item in enumerate(value)
+                ]
             arguments[name] = tuple(value) if isinstance(value, list) else value
         try:
             return cls(**arguments)
@@ -88,6 +108,8 @@ def _plain(value: Any) -> Any:
         return value.to_dict()
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
     return value
 
 
@@ -268,23 +290,147 @@ class QuantizeOptions(Options):
     """How an ONNX file becomes a Q/DQ ONNX file.
 
     Args:
-        precision: ``int8``; weights symmetric per output channel, activations per tensor.
-        method: activation ranges: ``entropy`` (KL divergence) or ``max``.
-        op_types: operator types to quantise. Only matrix products and convolutions: quantised
-            residual additions and normalisations degrade accuracy.
+        precision: of the layers that no override names. ``int8``: weights symmetric per output
+            channel, activations per tensor. ``fp8``: e4m3, scales as for int8. ``nvfp4``: e2m1 in
+            blocks of 16 with e4m3 scales and a float32 scale per tensor. ``mxfp8``: e4m3 in
+            blocks of 32 with power-of-two scales. The last two scale activations as they come.
+        method: activation ranges: ``entropy`` (KL divergence; int8 only), ``max``, or
+            ``smoothquant`` (int8 matrix products; moves outliers from activations to weights;
+            needs the module). ``auto`` is ``entropy`` for int8 and ``max`` for all else.
+        op_types: operator types to quantise, any of Conv, Gemm and MatMul: quantised residual
+            additions and normalisations degrade accuracy. None takes all three in a network
+            with more convolutions than matrix products; in any other, a vision transformer
+            say, it takes the matrix products only and leaves the last of them, the head.
         exclude: names of nodes to leave in floating point.
+        overrides: pattern (``*`` and ``?`` as in file names) to the precision of the nodes whose
+            name, or whose module's path, it matches; ``float`` leaves them. The last pattern
+            that matches a node holds, over ``precision`` and over what ``op_types`` leaves out.
     """
 
-    precision: Literal["int8"] = "int8"
-    method: CalibrationMethod = "entropy"
-    op_types: tuple[str, ...] = ("Conv", "Gemm", "MatMul")
+    precision: QuantizedPrecision = "int8"
+    method: CalibrationMethod = "auto"
+    op_types: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
+    overrides: Mapping[str, LayerPrecision] = field(default_factory=dict)
+
+    QUANTISABLE: ClassVar[tuple[str, ...]] = ("Conv", "Gemm", "MatMul")
 
     def __post_init__(self) -> None:
-        check_choice("precision", self.precision, ("int8",))
+        check_choice("precision", self.precision, QuantizedPrecision)
         check_choice("method", self.method, CalibrationMethod)
-        if not self.op_types:
-            raise OptionError("op_types=() would quantise nothing")
+        if self.op_types is not None:
+            if not self.op_types:
+                raise OptionError("op_types=() would quantise nothing")
+            for op_type in self.op_types:
+                check_choice("op_types", op_type, self.QUANTISABLE)
+        if not isinstance(self.overrides, Mapping):
+            raise OptionError(
+                f"overrides={self.overrides!r} must map patterns to a precision or 'float'"
+            )
+        for pattern, precision in self.overrides.items():
+            check_choice(f"overrides[{pattern!r}]", precision, LayerPrecision)
+        if self.method in ("entropy", "smoothquant") and "int8" not in self.precisions:
+            raise OptionError(
+                f"method={self.method!r} is for int8, and no layer is asked for in it "
+                f"(precision={self.precision!r}); use method='max' or 'auto'"
+            )
+
+    @property
+    def precisions(self) -> frozenset[str]:
+        """Every quantised format that some layer may get."""
+        return frozenset({self.precision, *self.overrides.values()} - {"float"})
+
+    @property
+    def resolved_method(self) -> CalibrationMethod:
+        """``method`` with ``auto`` filled in."""
+        if self.method != "auto":
+            return self.method
+        return "entropy" if "int8" in self.precisions else "max"
+
+
+#: Batch sizes for DINOv3 and other large vision transformers: one image at once while few
+#: arrive, tuned for 16, and no more than 32, where a card is busy and memory grows for nothing.
+DINOV3_BATCH = ShapeRange(1, 16, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRTOptions(Options):
+    """What only the builders of ``tensorrt`` and ``tensorrt_rtx`` know.
+
+    Args:
+        tactic_bytes: limit of the device memory that trying kernels may take; None for the
+            library's own.
+        max_tactics: most kernels tried for one layer; None for the library's own.
+        tactic_sources: names of ``TacticSource`` to take kernels from, such as
+            ``JIT_CONVOLUTIONS``; None for the library's own, () for none.
+        tiling: effort spent on keeping data in the L2 cache between layers.
+        l2_tiling_bytes: share of the L2 cache that tiling may count on; None for all of it.
+        aux_streams: most streams beside the main one; 0 keeps everything on the caller's stream,
+            None leaves it to the library.
+        hardware_compatibility: other cards that shall run the engine, for some loss of speed:
+            ``ampere_plus`` all from sm_80 on, ``same_compute_capability`` all of the same
+            architecture. ``tensorrt`` only: ``tensorrt_rtx`` takes several targets.
+        version_compatible: later releases of the same major version shall run the engine.
+        exclude_lean_runtime: leave the small runtime that does so out of the file; it is then
+            named by ``RuntimeOptions.lean_runtime``. ``tensorrt_rtx`` carries none and needs this.
+        weight_streaming: keep weights in host memory beyond a budget given when the engine is
+            opened.
+        refit: weights that may be replaced without building again: ``none``, ``identical`` (the
+            ones it was built from, for ``strip_weights``) or ``any``. Needs the card at build time.
+        strip_weights: leave the weights out of the file; ``refit`` puts them in before use.
+        profiling: how much the engine tells of its layers to inspection and profilers.
+        user_allocation: the engine takes no memory of its own while it runs, so that it can be
+            captured in a CUDA graph. ``tensorrt_rtx`` only: ``tensorrt`` needs no such promise.
+        plugins: kernels of sn72kernels compiled into the engine where the model has their
+            pattern. ``tensorrt`` only.
+    """
+
+    tactic_bytes: int | None = None
+    max_tactics: int | None = None
+    tactic_sources: tuple[str, ...] | None = None
+    tiling: Tiling = "none"
+    l2_tiling_bytes: int | None = None
+    aux_streams: int | None = None
+    hardware_compatibility: HardwareCompatibility = "none"
+    version_compatible: bool = False
+    exclude_lean_runtime: bool = False
+    weight_streaming: bool = False
+    refit: Refit = "none"
+    strip_weights: bool = False
+    profiling: ProfilingVerbosity = "detailed"
+    user_allocation: bool = False
+    plugins: tuple[Plugin, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("tactic_bytes", 1 << 20),
+            ("max_tactics", 1),
+            ("l2_tiling_bytes", 1),
+            ("aux_streams", 0),
+        ):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), low)
+        check_choice("tiling", self.tiling, Tiling)
+        check_choice("hardware_compatibility", self.hardware_compatibility, HardwareCompatibility)
+        check_choice("refit", self.refit, Refit)
+        check_choice("profiling", self.profiling, ProfilingVerbosity)
+        for name in (
+            "version_compatible",
+            "exclude_lean_runtime",
+            "weight_streaming",
+            "strip_weights",
+            "user_allocation",
+        ):
+            check_choice(name, getattr(self, name), (True, False))
+        for plugin in self.plugins:
+            check_choice("plugins", plugin, Plugin)
+        if self.exclude_lean_runtime and not self.version_compatible:
+            raise OptionError("exclude_lean_runtime=True needs version_compatible=True")
+        if self.strip_weights and self.refit == "none":
+            raise OptionError(
+                "strip_weights=True needs refit='identical' (or 'any'): without it the weights "
+                "could never be put back"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,13 +440,20 @@ class BuildOptions(Options):
     Args:
         backend: ``onnxruntime``, ``openvino``, ``tensorrt`` or ``tensorrt_rtx``.
         batch: batch sizes the engine must accept.
+        profiles: ranges of batch sizes that TensorRT tunes separately, in ascending order and
+            together covering ``batch``; () tunes ``batch`` as one. A session takes the profile
+            that is tuned for the size nearest to each call's.
         precision: of a float model's arithmetic, ``fp32`` or ``fp16``. A Q/DQ model says
             ``int8`` and keeps its other layers in ``fp16`` on TensorRT and ``fp32`` on a CPU.
         target: what the engine is for: ``cpu``, ``cuda`` (the card present) or, for
-            ``tensorrt_rtx``, a compute capability such as ``sm_89``. Empty chooses ``cuda``
-            for TensorRT and ``cpu`` for ONNX Runtime and OpenVINO.
+            ``tensorrt_rtx``, compute capabilities such as ``sm_89`` or ``sm_86,sm_89,sm_120``,
+            all of which one file serves. Empty chooses ``cuda`` for TensorRT and ``cpu`` for
+            ONNX Runtime and OpenVINO.
         workspace_bytes: limit of the builder's scratch memory; None for the backend's own.
         optimization_level: builder effort, 0 to 5; None for the backend's own.
+        provider: of ONNX Runtime on a card: ``cuda``, or ``tensorrt``, which hands it to TensorRT
+            and lets CUDA run what that leaves.
+        tensorrt: what only TensorRT's builders know.
     """
 
     backend: BackendName = "onnxruntime"
@@ -309,6 +462,9 @@ class BuildOptions(Options):
     target: str = ""
     workspace_bytes: int | None = None
     optimization_level: int | None = None
+    profiles: tuple[ShapeRange, ...] = ()
+    provider: Provider = "cuda"
+    tensorrt: TensorRTOptions = field(default_factory=TensorRTOptions)
 
     def __post_init__(self) -> None:
         check_choice("backend", self.backend, BackendName)
@@ -318,9 +474,14 @@ class BuildOptions(Options):
         if self.optimization_level is not None:
             check_int("optimization_level", self.optimization_level, 0, 5)
         target = self.target
-        named = target.startswith("sm_") and target[3:].isdigit()
+        cards = target.split(",")
+        named = all(card.startswith("sm_") and card[3:].isdigit() for card in cards)
         if target and target not in ("cpu", "cuda") and not named:
-            raise OptionError(f"target={target!r} must be 'cpu', 'cuda' or like 'sm_89'")
+            raise OptionError(
+                f"target={target!r} must be 'cpu', 'cuda', or like 'sm_89' or 'sm_86,sm_89'"
+            )
+        if len(set(cards)) != len(cards):
+            raise OptionError(f"target={target!r} names one card twice")
         if target == "cpu" and self.backend not in CPU_BACKENDS:
             raise OptionError(
                 f"target='cpu' needs backend='onnxruntime' or 'openvino', not {self.backend!r}"
@@ -332,15 +493,50 @@ class BuildOptions(Options):
                 f"target={target!r} needs backend='tensorrt_rtx'; {self.backend!r} builds for the "
                 "device that is present: use 'cuda' or 'cpu'"
             )
+        self._check_profiles()
+        check_choice("provider", self.provider, Provider)
+        if self.provider != "cuda" and (self.backend, target) != ("onnxruntime", "cuda"):
+            raise OptionError(
+                f"provider={self.provider!r} needs backend='onnxruntime' and target='cuda', not "
+                f"{self.backend!r} and {self.resolved_target!r}"
+            )
+        if self.backend not in TENSORRT_BACKENDS and self.tensorrt != TensorRTOptions():
+            raise OptionError(
+                f"tensorrt={self.tensorrt} is for backend='tensorrt' or 'tensorrt_rtx', not "
+                f"{self.backend!r}"
+            )
+
+    def _check_profiles(self) -> None:
+        if not self.profiles:
+            return
+        if self.backend not in TENSORRT_BACKENDS:
+            raise OptionError(
+                f"profiles={self.profiles}: only TensorRT tunes ranges separately; give batch alone"
+            )
+        reach = self.batch.min - 1
+        for profile in self.profiles:
+            if profile.min > reach + 1 or profile.max <= reach:
+                raise OptionError(
+                    f"profiles: {profile} must begin at {reach + 1} or before, and end after it, "
+                    "so that in ascending order they leave no gap"
+                )
+            reach = profile.max
+        if (self.profiles[0].min, reach) != (self.batch.min, self.batch.max):
+            raise OptionError(
+                f"profiles reach from {self.profiles[0].min} to {reach}, but batch={self.batch}; "
+                "both must be the same range"
+            )
 
     @property
     def resolved_target(self) -> str:
-        """``target`` with the empty default filled in."""
+        """``target`` with the empty default filled in, and several cards in ascending order."""
+        if "," in self.target:
+            return ",".join(sorted(self.target.split(","), key=lambda card: int(card[3:])))
         return self.target or ("cpu" if self.backend in CPU_BACKENDS else "cuda")
 
     @classmethod
     def _nested(cls) -> Mapping[str, type[Options]]:
-        return {"batch": ShapeRange}
+        return {"batch": ShapeRange, "profiles": ShapeRange, "tensorrt": TensorRTOptions}
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,17 +548,37 @@ class RuntimeOptions(Options):
         device_index: which CUDA device.
         spinning: let idle CPU threads spin. Off by default: sessions that share a process steal
             each other's cores.
+        weight_streaming_bytes: device memory for the weights of an engine built with
+            ``weight_streaming``; None lets TensorRT choose by what is free.
+        runtime_cache: keep the kernels that ``tensorrt_rtx`` compiles when an engine is first
+            run, so that opening it again takes a fraction of the time.
+        cuda_graph: let ``tensorrt_rtx`` capture its launches in a CUDA graph and replay that.
+        shape_kernels: when ``tensorrt_rtx`` compiles kernels for the exact shapes of a call:
+            ``lazy`` in the background, ``eager`` before the call returns, ``none`` never.
+        lean_runtime: library file to load ``version_compatible`` engines that carry none with;
+            empty for none.
     """
 
     threads: int | None = None
     device_index: int = 0
     spinning: bool = False
+    weight_streaming_bytes: int | None = None
+    runtime_cache: bool = True
+    cuda_graph: bool = False
+    shape_kernels: ShapeKernels = "lazy"
+    lean_runtime: str = ""
 
     def __post_init__(self) -> None:
         if self.threads is not None:
             check_int("threads", self.threads, 1, 4096)
         check_int("device_index", self.device_index, 0)
-        check_choice("spinning", self.spinning, (True, False))
+        if self.weight_streaming_bytes is not None:
+            check_int("weight_streaming_bytes", self.weight_streaming_bytes, 0)
+        for name in ("spinning", "runtime_cache", "cuda_graph"):
+            check_choice(name, getattr(self, name), (True, False))
+        check_choice("shape_kernels", self.shape_kernels, ShapeKernels)
+        if not isinstance(self.lean_runtime, str):
+            raise OptionError(f"lean_runtime={self.lean_runtime!r} must be the path of a file")
 
 
 @dataclass(frozen=True, slots=True)
