@@ -21,9 +21,11 @@ enum Flag : u32 {
   LAST_STAGE = 2u,        // nothing runs after it: every sample gets its final status
   SET_CONDITION = 4u,     // tell the SWITCH node `condition` which body to run
   NO_NEGATIVE_EXIT = 8u,  // a score below `low` escalates too
+  SET_EACH = 16u,         // tell `bucket_count` IF nodes, of which one at most runs its body
 };
 
 constexpr u8 NO_STAGE = 255;       // no stage has scored the sample
+constexpr i32 FAILURE_BITS = 8;    // stages that have a bit in Sample::failed
 constexpr i32 MAX_BUCKETS = 32;    // entries of the bucket table
 constexpr i32 BLOCK_LIMIT = 1024;  // threads of the largest block
 constexpr i32 WARP = 32;
@@ -41,15 +43,16 @@ struct SN72_VECTOR Sample {
   u8 voter;           // last stage of the vote, or NO_STAGE
   u8 raiser;          // last stage of the floor, or NO_STAGE
   u8 open;            // 1 until it leaves or its time runs out
-  u8 reserved[2];
+  u8 closed;          // stage at whose boundary it left or its time ran out, or NO_STAGE
+  u8 failed;          // bit s: stage s gave it no probability, for the first FAILURE_BITS stages
 };
 
 // What one boundary decided; 16 bytes, so that a host that waits for it copies one word.
 struct SN72_VECTOR Control {
-  i32 count;   // samples that the next stage is to see
-  i32 bucket;  // position in the bucket table; bucket_count means: run nothing
-  i32 rows;    // size of that bucket, 0 for none
-  i32 stage;   // the stage whose scores were routed
+  i32 count;       // samples that the next stage is to see
+  i32 bucket;      // position in the bucket table; bucket_count means: run nothing
+  i32 rows;        // size of that bucket, 0 for none
+  u32 elapsed_us;  // microseconds since start_ns, modulo 2^32; 0 without start_ns
 };
 
 struct BeginArgs {
@@ -68,11 +71,12 @@ struct RouteArgs {
   const float* high;     // element i * threshold_stride
   const u8* eligible;    // non-zero: the next stage applies to the sample; null: it applies to all
   const u64* budget_ns;  // element i * budget_stride: time since start_ns; null: no limit
-  const u64* start_ns;   // from begin; needed with budget_ns
+  const u64* start_ns;   // from begin; needed with budget_ns; null: nothing is timed
   const i32* batch;      // one value: how many of `capacity` samples are real
   i32* index;            // out: as many entries as the largest bucket has rows
   Control* control;      // out
   u64 condition;         // cudaGraphConditionalHandle, for SET_CONDITION
+  const u64* conditions; // bucket_count handles, for SET_EACH
   i64 score_stride;
   double weight;         // of the stage, for WEIGHTED and REPLACE; above 0
   i32 threshold_stride;  // 0: one pair for all; 1: one per sample
@@ -113,7 +117,7 @@ struct GatherArgs {
 static_assert(sizeof(Sample) == 32, "mirrored in sn72engine/cuda/layout.py");
 static_assert(sizeof(Control) == 16, "mirrored in sn72engine/cuda/layout.py");
 static_assert(sizeof(BeginArgs) == 32, "mirrored in sn72engine/cuda/layout.py");
-static_assert(sizeof(RouteArgs) == 272, "mirrored in sn72engine/cuda/layout.py");
+static_assert(sizeof(RouteArgs) == 280, "mirrored in sn72engine/cuda/layout.py");
 static_assert(sizeof(ScatterArgs) == 72, "mirrored in sn72engine/cuda/layout.py");
 static_assert(sizeof(GatherArgs) == 56, "mirrored in sn72engine/cuda/layout.py");
 

@@ -18,7 +18,7 @@ SN72_DEVICE void begin_samples(const BeginArgs& args) {
   if (global_thread() == 0) *args.start_ns = clock_ns();
   for (i64 i = global_thread(); i < args.capacity; i += global_threads()) {
     args.samples[i] = Sample{0.0,     0.0,      0.0f,     0.5f, ESCALATE, PENDING,
-                             NO_STAGE, NO_STAGE, NO_STAGE, 1,    {0, 0}};
+                             NO_STAGE, NO_STAGE, NO_STAGE, 1,    NO_STAGE, 0};
     args.scored[i] = NO_STAGE;
   }
 }

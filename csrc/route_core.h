@@ -61,6 +61,7 @@ SN72_DEVICE bool combine(Sample& sample, float p, i32 how, double weight, u8 sta
 SN72_DEVICE void judge(const RouteArgs& args, Sample& sample, float p, float low, float high) {
   if (!is_sound(p)) {
     sample.status = STAGE_FAILED;  // unless a later stage scores it
+    if (args.stage < FAILURE_BITS) sample.failed |= u8(1u << args.stage);
     return;
   }
   if (!combine(sample, p, args.combine, args.weight, u8(args.stage))) return;
@@ -70,6 +71,7 @@ SN72_DEVICE void judge(const RouteArgs& args, Sample& sample, float p, float low
   if (decision == NEGATIVE && (args.flags & NO_NEGATIVE_EXIT)) return;
   sample.route = decision;
   sample.status = DONE;
+  sample.closed = u8(args.stage);
   sample.open = 0;
 }
 
@@ -91,6 +93,7 @@ SN72_DEVICE bool settle(const RouteArgs& args, i32 i, u64 elapsed_ns) {
     escalates = !args.budget_ns || elapsed_ns < args.budget_ns[i64(i) * args.budget_stride];
     if (!escalates) {
       sample.status = DEADLINE;
+      sample.closed = u8(args.stage);
       sample.open = 0;
     }
   }
@@ -102,6 +105,16 @@ struct RouteShared {
   u64 elapsed_ns;
   i32 escalated[2][BLOCK_LIMIT / WARP];  // per warp; two sets, used in turn
 };
+
+// Tell the conditional nodes which body is to run. The caller is the only thread that does.
+SN72_DEVICE void choose_body(const RouteArgs& args, i32 bucket) {
+  if (args.flags & SET_CONDITION) set_condition(args.condition, u32(bucket));
+  if (args.flags & SET_EACH) {
+    for (i32 b = 0; b < args.bucket_count; ++b) {
+      set_condition(args.conditions[b], u32(b == bucket));
+    }
+  }
+}
 
 // One block does it all: the order of the index comes from a block-wide scan, and exactly one
 // thread sets the condition. blockDim.x must be a multiple of 32 and at most BLOCK_LIMIT.
@@ -115,7 +128,7 @@ SN72_DEVICE void route_block(const RouteArgs& args, RouteShared& shared) {
   const i32 batch = clamped(*args.batch, args.capacity);
 
   // One reading of the clock for all, so that equal budgets are treated alike.
-  if (thread == 0) shared.elapsed_ns = args.budget_ns ? clock_ns() - *args.start_ns : 0;
+  if (thread == 0) shared.elapsed_ns = args.start_ns ? clock_ns() - *args.start_ns : 0;
   __syncthreads();
   const u64 elapsed_ns = shared.elapsed_ns;
 
@@ -146,8 +159,8 @@ SN72_DEVICE void route_block(const RouteArgs& args, RouteShared& shared) {
   // Padding rows read sample 0, which exists and is finite; they are never scattered.
   for (i32 row = count + thread; row < rows; row += threads) args.index[row] = 0;
   if (thread == 0) {
-    *args.control = Control{count, bucket, rows, args.stage};
-    if (args.flags & SET_CONDITION) set_condition(args.condition, u32(bucket));
+    *args.control = Control{count, bucket, rows, u32(elapsed_ns / 1000)};
+    choose_body(args, bucket);
   }
 }
 

@@ -46,7 +46,7 @@ std::size_t scheduler_stack_bytes = 0;
 const std::function<void()>* body = nullptr;
 std::unique_ptr<char[]> shared;
 std::size_t shared_bytes = 0;
-std::mt19937* random_source = nullptr;
+std::mt19937 random_source;
 std::uint64_t now_ns = 0;
 std::vector<Condition> conditions;
 std::string dropped_file;
@@ -79,6 +79,7 @@ void enter_scheduler() {
 
 void wait_for(Wait what) {
   Fiber* me = running;
+  if (!me) fail("a kernel that waits was launched as independent threads");
   me->wait = what;
   before_switch(what == Wait::END ? nullptr : &me->fake_stack, scheduler_stack,
                 scheduler_stack_bytes);
@@ -146,11 +147,11 @@ void run_block(unsigned threads) {
   }
   for (;;) {
     // Some warps sit out a round, so that others run ahead as far as barriers let them.
-    const unsigned awake = (*random_source)() % 4 ? static_cast<unsigned>((*random_source)()) : ~0u;
+    const unsigned awake = random_source() % 4 ? static_cast<unsigned>(random_source()) : ~0u;
     bool progress = false;
     unsigned ended = 0;
     for (unsigned t = threads; t > 1; --t) {
-      std::swap(order[t - 1], order[(*random_source)() % t]);
+      std::swap(order[t - 1], order[random_source() % t]);
     }
     for (const unsigned thread : order) {
       if (fibers[thread].wait == Wait::NOTHING) {
@@ -170,13 +171,23 @@ void run_block(unsigned threads) {
 
 void launch(Dim grid, unsigned threads, unsigned seed, const std::function<void()>& kernel) {
   if (threads == 0 || threads > 1024 || threads % WARP) fail("block is not 1 to 32 whole warps");
-  std::mt19937 source(seed);
-  random_source = &source;
+  random_source.seed(seed);
   body = &kernel;
   gridDim = grid;
   blockDim = Dim{threads, 1, 1};
   for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
     for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block(threads);
+  }
+}
+
+void launch_independent(Dim grid, unsigned threads, const std::function<void()>& kernel) {
+  gridDim = grid;
+  blockDim = Dim{threads, 1, 1};
+  running = nullptr;
+  for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
+    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+      for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel();
+    }
   }
 }
 
@@ -191,13 +202,13 @@ void barrier(const char* file, int line) {
       name.size() >= dropped_file.size() &&
       name.compare(name.size() - dropped_file.size(), dropped_file.size(), dropped_file) == 0;
   if (dropped_line == line && same_file) return;
-  running->line = line;
+  if (running) running->line = line;
   wait_for(Wait::BARRIER);
 }
 
 unsigned ballot(unsigned mask, bool predicate) {
   if (mask != 0xffffffffu) fail("vote with a partial mask");
-  running->predicate = predicate;
+  if (running) running->predicate = predicate;
   wait_for(Wait::VOTE);
   return running->votes;
 }
@@ -206,7 +217,7 @@ void* shared_memory(std::size_t bytes) {
   if (!shared) {
     shared.reset(new char[bytes]);
     shared_bytes = bytes;
-    for (std::size_t i = 0; i < bytes; ++i) shared[i] = char((*random_source)());
+    for (std::size_t i = 0; i < bytes; ++i) shared[i] = char(random_source());
   }
   if (bytes != shared_bytes) fail("a kernel may declare one shared object");
   return shared.get();

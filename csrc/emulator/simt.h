@@ -29,6 +29,10 @@ struct Dim {
 // Run `kernel` for each block of the grid in turn; `seed` draws the order of threads.
 void launch(Dim grid, unsigned threads, unsigned seed, const std::function<void()>& kernel);
 
+// The same for kernels whose threads neither wait nor vote: each runs from start to end, without a
+// fiber, which is some hundred times faster.
+void launch_independent(Dim grid, unsigned threads, const std::function<void()>& kernel);
+
 // Barriers that are left out, by line number of the file that ends in `file`: a test drops one to
 // show that the other tests notice.
 void drop_barrier(const char* file, int line);

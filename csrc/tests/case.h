@@ -25,6 +25,7 @@ struct Boundary {
   std::vector<sn72::i32> index;
   sn72::Control control{};
   sn72::u64 start = 0;
+  std::vector<sn72::u64> conditions;
   sn72::RouteArgs args{};
 };
 

@@ -49,7 +49,7 @@ float score(Dice& dice, float low, float high) {
 
 Sample sample_in_progress(Dice& dice) {
   Sample sample{0.0, 0.0, 0.0f, 0.5f, sn72::ESCALATE, sn72::PENDING, sn72::NO_STAGE,
-                sn72::NO_STAGE, sn72::NO_STAGE, 1, {0, 0}};
+                sn72::NO_STAGE, sn72::NO_STAGE, 1, sn72::NO_STAGE, 0};
   if (dice.one_in(3)) {
     sample.weight = 0.05 + dice.unit();
     sample.sum = sample.weight * dice.unit();
@@ -69,6 +69,7 @@ Sample sample_in_progress(Dice& dice) {
     sample.open = 0;
     sample.status = dice.one_in(2) ? sn72::DONE : sn72::DEADLINE;
     sample.route = static_cast<sn72::u8>(dice.below(3));
+    sample.closed = 0;
   }
   return sample;
 }
@@ -113,7 +114,7 @@ Boundary draw(std::mt19937& random, int capacity) {
   boundary.threads = 32u * static_cast<unsigned>(1 + dice.below(dice.one_in(3) ? 32 : 4));
   boundary.batch = dice.one_in(3) ? capacity : dice.below(capacity + 1);
   if (dice.one_in(20)) boundary.batch = dice.one_in(2) ? -3 : capacity + 7;  // clamped
-  args.stage = 1 + dice.below(5);
+  args.stage = 1 + dice.below(dice.one_in(4) ? 12 : 5);
   args.combine = dice.below(3);
   args.weight = dice.one_in(2) ? 1.0 : 0.1 + dice.unit();
   args.score_stride = 1;
@@ -121,7 +122,8 @@ Boundary draw(std::mt19937& random, int capacity) {
   args.budget_stride = dice.below(2);
   args.flags = (dice.one_in(6) ? sn72::LAST_STAGE : 0u) |
                (dice.one_in(2) ? sn72::SET_CONDITION : 0u) |
-               (dice.one_in(6) ? sn72::NO_NEGATIVE_EXIT : 0u);
+               (dice.one_in(6) ? sn72::NO_NEGATIVE_EXIT : 0u) |
+               (dice.one_in(3) ? sn72::SET_EACH : 0u);
   args.condition = 0xabcdef0123456789ull;
   draw_buckets(dice, capacity, args);
   const float low = threshold(dice), high = threshold(dice);
@@ -142,6 +144,7 @@ Boundary draw(std::mt19937& random, int capacity) {
   draw_scores(dice, boundary);
   boundary.elapsed = dice.below(4) * 1000ull;
   boundary.index.assign(capacity + 8, UNTOUCHED);
+  for (int b = 0; b < args.bucket_count; ++b) boundary.conditions.push_back(0x5000ull + 7 * b);
   args.scored = dice.one_in(2) ? boundary.scored.data() : nullptr;
   args.eligible = dice.one_in(2) ? boundary.eligible.data() : nullptr;
   args.budget_ns = dice.one_in(2) ? boundary.budget.data() : nullptr;

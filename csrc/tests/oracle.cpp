@@ -39,6 +39,7 @@ void score_sample(const Boundary& boundary, int i, Sample& sample) {
   const double p = boundary.score[i];
   if (!between_zero_and_one(p)) {
     sample.status = sn72::STAGE_FAILED;
+    if (args.stage < 8) sample.failed = static_cast<sn72::u8>(sample.failed | 1 << args.stage);
     return;
   }
   const auto stage = static_cast<sn72::u8>(args.stage);
@@ -66,6 +67,7 @@ void score_sample(const Boundary& boundary, int i, Sample& sample) {
   if (route == 2 || (route == 0 && (args.flags & sn72::NO_NEGATIVE_EXIT))) return;
   sample.route = static_cast<sn72::u8>(route);
   sample.status = sn72::DONE;
+  sample.closed = stage;
   sample.open = 0;
 }
 
@@ -86,6 +88,7 @@ Expected expect(const Boundary& boundary) {
     if (!sample.open || (args.eligible && !boundary.eligible[i])) continue;
     if (args.budget_ns && boundary.elapsed >= boundary.budget[args.budget_stride ? i : 0]) {
       sample.status = sn72::DEADLINE;
+      sample.closed = static_cast<sn72::u8>(args.stage);
       sample.open = 0;
       continue;
     }

@@ -19,6 +19,8 @@ from sn72engine.errors import OptionError
 
 NO_STAGE: Final = 255
 MAX_BUCKETS: Final = 32
+#: Stages that have a bit in ``SAMPLE["failed"]``.
+FAILURE_BITS: Final = 8
 
 _WARP = 32
 _ROUTE_THREADS = 1024
@@ -40,20 +42,22 @@ SAMPLE: Final = np.dtype(
         ("voter", np.uint8),
         ("raiser", np.uint8),
         ("open", np.uint8),
-        ("reserved", np.uint8, (2,)),
+        ("closed", np.uint8),
+        ("failed", np.uint8),
     ]
 )
 """All that is known about one sample, 32 bytes: what the host copies back as the answer.
 
 ``probability`` is finite and in [0, 1]; ``route`` is 0 or 1 for a sample that a stage was sure of
 and 2 otherwise; ``status`` is a :class:`Code`; ``stage`` is the number of the stage whose
-probability it is, or NO_STAGE.
+probability it is, or NO_STAGE; ``closed`` the stage at whose boundary the sample left or its time
+ran out, or NO_STAGE; bit ``s`` of ``failed`` says that stage ``s`` gave it no probability.
 """
 
 CONTROL: Final = np.dtype(
-    [("count", np.int32), ("bucket", np.int32), ("rows", np.int32), ("stage", np.int32)]
+    [("count", np.int32), ("bucket", np.int32), ("rows", np.int32), ("elapsed_us", np.uint32)]
 )
-"""What one boundary decided, 16 bytes."""
+"""What one boundary decided, and when, counted from ``sn72_begin``; 16 bytes."""
 
 
 class Code(enum.IntEnum):
@@ -81,6 +85,7 @@ class Flag(enum.IntFlag):
     LAST_STAGE = 2
     SET_CONDITION = 4
     NO_NEGATIVE_EXIT = 8
+    SET_EACH = 16
 
 
 _Fields = list[tuple[str, Any]]
@@ -114,6 +119,7 @@ class RouteArgs(ctypes.Structure):
         ("index", ctypes.c_void_p),  # int32, as many as the largest bucket has rows; output
         ("control", ctypes.c_void_p),  # CONTROL; output
         ("condition", ctypes.c_uint64),  # handle of the SWITCH node, with SET_CONDITION
+        ("conditions", ctypes.c_void_p),  # uint64 handles of IF nodes, with SET_EACH
         ("score_stride", ctypes.c_int64),
         ("weight", ctypes.c_double),
         ("threshold_stride", ctypes.c_int32),  # 0: one value; 1: per sample
@@ -194,6 +200,8 @@ def route(args: RouteArgs, score: Score) -> Launch:
             raise OptionError(f"{name}={getattr(args, name)} must be 0 (one value) or 1")
     if args.budget_ns and not args.start_ns:
         raise OptionError("start_ns must be given with budget_ns")
+    if args.flags & Flag.SET_EACH and not args.conditions:
+        raise OptionError("conditions must be given with SET_EACH")
     _check_buckets(args)
     threads = min(_ROUTE_THREADS, -(-args.capacity // _WARP) * _WARP)
     return Launch(f"sn72_route_{score}", (1, 1, 1), (threads, 1, 1), args)
