@@ -46,6 +46,11 @@ VARIABLES: dict[str, Variable] = {
             "1",
             "'0' ignores tuning results on disk and uses the built-in heuristics.",
         ),
+        Variable(
+            "SN72_NVTX",
+            "0",
+            "'1' marks stages, decoding and routing as ranges for NVIDIA's profilers.",
+        ),
     )
 }
 

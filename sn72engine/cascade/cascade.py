@@ -278,7 +278,14 @@ class Cascade:
                 raise OptionError(
                     f"thresholds: no stage is called {name!r}; stages: {', '.join(names)}"
                 )
-            bounds[names.index(name)] = _bounds(pair, count, name)
+            number = names.index(name)
+            first = next(group[0] for group in self._spec.groups if number in group)
+            if number != first:
+                raise OptionError(
+                    f"thresholds: {name!r} is routed with {names[first]!r}, the first stage of its "
+                    "parallel group; set the thresholds of that one"
+                )
+            bounds[number] = _bounds(pair, count, name)
         return bounds
 
 

@@ -6,6 +6,13 @@ batches of at most ``max_batch``; the scores are combined (see ``tally.py``) and
 ``max_batch`` therefore has a first answer for every sample before any sample reaches the second
 stage, which is what a deadline wants.
 
+The stages of a parallel group are asked about a batch at the same time, each on its own thread.
+Their scores and failures count in the order of the stages, whichever was first, and the samples
+are then routed once, by the thresholds of the group's first stage. A sample is routed by the
+scores that there are, and can leave as negative only if a stage that has a negative exit scored
+it. If one of the stages overruns, the samples that it was asked about end with DEADLINE and what
+the others said.
+
 What ends a sample:
 
 ========================================================  ============  ===========================
@@ -27,6 +34,7 @@ are logged as warnings on the logger ``sn72engine.cascade``.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +50,7 @@ from sn72engine.cascade.spec import ALWAYS, CascadeSpec
 from sn72engine.cascade.tally import Floats, Indices, Tally
 from sn72engine.cascade.worker import Overrun, Worker
 from sn72engine.errors import CascadeError, ImageError
+from sn72engine.nvtx import span
 from sn72engine.stages.base import Stage, StageScores
 
 log = logging.getLogger("sn72engine.cascade")
@@ -65,6 +74,7 @@ class Samples:
         self._sources: list[Any] = list(sources)
         self._images: list[Any] = [None] * len(self._sources)
         self._decode = decode
+        self._lock = threading.Lock()  # the stages of a parallel group share the images
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -75,10 +85,11 @@ class Samples:
         Raises:
             ImageError: it cannot be decoded.
         """
-        image = self._images[position]
-        if image is None:
-            image = self._images[position] = self._decode(self._sources[position])
-        return image
+        with self._lock:
+            image = self._images[position]
+            if image is None:
+                image = self._images[position] = self._decode(self._sources[position])
+            return image
 
     def drop(self, positions: Indices) -> None:
         """Forget images that no stage will ask for again."""
@@ -125,6 +136,7 @@ class CpuExecutor:
     def __init__(self, spec: CascadeSpec, stages: Sequence[Stage]) -> None:
         self._spec = spec
         self._stages = tuple(stages)
+        self._groups = spec.groups
         self._names = tuple(stage.name for stage in spec.stages)
         self._workers = tuple(Worker(f"sn72-stage-{name}") for name in self._names)
 
@@ -140,13 +152,14 @@ class CpuExecutor:
         spec = self._spec
         tally = Tally(len(request.samples))
         counts = [StageCounts() for _ in self._stages]
-        for number, stage in enumerate(self._spec.stages):
-            flagged = None if stage.when == ALWAYS else request.flags[stage.when]
-            waiting = tally.open(flagged)
-            for start in range(0, len(waiting), self._spec.max_batch):
-                batch = waiting[start : start + self._spec.max_batch]
-                self._run_batch(number, batch, request, tally, counts[number])
-            if request.progress is not None and number + 1 < len(self._stages):
+        for group in self._groups:
+            marks = {number: self._marked(number, request) for number in group}
+            waiting = tally.open(np.logical_or.reduce([*marks.values()]))
+            for start in range(0, len(waiting), spec.max_batch):
+                batch = waiting[start : start + spec.max_batch]
+                asked = {number: batch[mark[batch]] for number, mark in marks.items()}
+                self._run_batch(asked, request, tally, counts)
+            if request.progress is not None and group is not self._groups[-1]:
                 known = tally.snapshot(self._names, spec.decision_threshold, top1=spec.top1)
                 request.progress(*known)
         return tally.results(self._names, spec.decision_threshold, top1=spec.top1), counts
@@ -155,45 +168,94 @@ class CpuExecutor:
         """Take no more work; for each stage, whether it is idle and so may be closed."""
         return tuple(worker.close(patience) for worker in self._workers)
 
+    def _marked(self, number: int, request: Request) -> NDArray[np.bool_]:
+        when = self._spec.stages[number].when
+        return np.ones(len(request.samples), bool) if when == ALWAYS else request.flags[when]
+
     def _run_batch(
-        self, number: int, batch: Indices, request: Request, tally: Tally, counts: StageCounts
+        self,
+        asked: Mapping[int, Indices],
+        request: Request,
+        tally: Tally,
+        counts: Sequence[StageCounts],
     ) -> None:
-        counts.asked += len(batch)
-        try:
-            answer = self._ask(number, batch, request, counts)
-        except Overrun:
-            log.warning("stage %s: time ran out for %d samples", self._names[number], len(batch))
-            tally.late(batch)
-            counts.late += len(batch)
-            return
-        counts.calls += 1
-        counts.seconds += answer.seconds
-        counts.decode_seconds += answer.decode_seconds
-        for position, error in answer.unreadable.items():
-            tally.fail(position, error, final=True)
-            log.warning("sample %d: %s", position, error)
-        scored = self._take_scores(number, answer, tally)
-        counts.failed += len(batch) - scored.index.size
-        self._route(number, scored, request, tally, counts)
+        """Ask the stages of a group, each about its samples; combine in their order; route once."""
+        first = min(asked)
+        asked = {number: batch for number, batch in asked.items() if batch.size}
+        said = _Said.nothing(len(request.samples))
+        for number, answer in self._ask(asked, request, counts).items():
+            batch, count = asked[number], counts[number]
+            count.asked += len(batch)
+            if answer is None:
+                log.warning(
+                    "stage %s: time ran out for %d samples", self._names[number], len(batch)
+                )
+                count.late += len(batch)
+                said.late[batch] = True
+                continue
+            count.calls += 1
+            count.seconds += answer.seconds
+            count.decode_seconds += answer.decode_seconds
+            for position, error in answer.unreadable.items():
+                tally.fail(position, error, final=True)
+                log.warning("sample %d: %s", position, error)
+            scored = self._take_scores(number, answer, tally)
+            count.failed += len(batch) - scored.index.size
+            count.escalated += scored.index.size  # less those that leave, see _route
+            self._combine(number, scored, tally, said)
+        with span("route"):
+            self._route(first, said, request, tally, counts)
 
-    def _ask(self, number: int, batch: Indices, request: Request, counts: StageCounts) -> _Answer:
-        """Decode and score a batch on the stage's worker.
+    def _ask(
+        self, asked: Mapping[int, Indices], request: Request, counts: Sequence[StageCounts]
+    ) -> dict[int, _Answer | None]:
+        """Decode and score on the workers of the stages, all at the same time.
 
-        Raises:
-            Overrun: time ran out.
+        Returns:
+            One answer per stage, in order; None where time ran out.
         """
+        *others, last = asked
+        waits = [self._start(n, asked[n], request, counts[n], threaded=True) for n in others]
+        # Without a deadline the last one runs on this thread, which is cheaper.
+        waits.append(self._start(last, asked[last], request, counts[last], threaded=False))
+        answers = [wait() for wait in reversed(waits)]
+        return dict(zip(asked, reversed(answers), strict=True))
+
+    def _start(
+        self,
+        number: int,
+        batch: Indices,
+        request: Request,
+        counts: StageCounts,
+        *,
+        threaded: bool,
+    ) -> Callable[[], _Answer | None]:
+        """Begin to score a batch; what is returned waits for the answer, None if it is late."""
         worker, stage, until = self._workers[number], self._stages[number], request.until
+
+        name = self._names[number]
+
+        def job() -> _Answer:
+            return _score(name, stage, request.samples, batch.tolist())
+
         begin = time.monotonic()
         try:
             worker.acquire(until)
-        finally:
             start = time.monotonic()
-            counts.waited_seconds += start - begin
-        try:
-            return worker.run(lambda: _score(stage, request.samples, batch.tolist()), until)
+            wait = worker.start(job, until) if threaded else lambda: worker.run(job, until)
         except Overrun:
-            counts.seconds += time.monotonic() - start
-            raise
+            return lambda: None
+        finally:
+            counts.waited_seconds += time.monotonic() - begin
+
+        def answer() -> _Answer | None:
+            try:
+                return wait()
+            except Overrun:
+                counts.seconds += time.monotonic() - start
+                return None
+
+        return answer
 
     def _take_scores(self, number: int, answer: _Answer, tally: Tally) -> _Scored:
         """Check what a stage returned; note a failure for each sample that it did not score."""
@@ -218,25 +280,57 @@ class CpuExecutor:
             labels = None if labels is None else labels[good]
         return _Scored(index, scores, labels)
 
-    def _route(
-        self, number: int, scored: _Scored, request: Request, tally: Tally, counts: StageCounts
-    ) -> None:
-        """Combine scores with what is known, and let sure samples leave."""
+    def _combine(self, number: int, scored: _Scored, tally: Tally, said: _Said) -> None:
+        """Combine the scores of a stage with what is known."""
         stage = self._spec.stages[number]
-        changed, probability = tally.add(
-            scored.index, scored.scores, number, stage.combine, stage.weight
-        )
+        changed, _ = tally.add(scored.index, scored.scores, number, stage.combine, stage.weight)
         if scored.labels is not None:
             tally.label(scored.index, scored.labels)
-        low, high = (b if b.ndim == 0 else b[changed] for b in request.bounds[number])
-        routes = route(probability, low, high)
-        if not stage.negative_exit:
-            routes[routes == NEGATIVE] = ESCALATE
-        gone = tally.leave(changed, routes)
-        request.samples.drop(gone)
-        counts.negative += int(np.count_nonzero(routes == NEGATIVE))
-        counts.positive += int(np.count_nonzero(routes == POSITIVE))
-        counts.escalated += scored.index.size - gone.size
+        said.last[changed] = number
+        if stage.negative_exit:
+            said.negative_exit[scored.index] = True
+
+    def _route(
+        self,
+        first: int,
+        said: _Said,
+        request: Request,
+        tally: Tally,
+        counts: Sequence[StageCounts],
+    ) -> None:
+        """Let sure samples leave, and end those for which time ran out."""
+        tally.late(tally.open(said.late))
+        index = tally.open(said.last >= 0)
+        low, high = (b if b.ndim == 0 else b[index] for b in request.bounds[first])
+        routes = route(tally.probability(index), low, high)
+        routes[(routes == NEGATIVE) & ~said.negative_exit[index]] = ESCALATE
+        request.samples.drop(tally.leave(index, routes))
+        last = said.last[index]
+        for number in np.unique(last).tolist():
+            exits, count = routes[last == number], counts[number]
+            negative = int(np.count_nonzero(exits == NEGATIVE))
+            positive = int(np.count_nonzero(exits == POSITIVE))
+            count.negative += negative
+            count.positive += positive
+            count.escalated -= negative + positive
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What the stages of a group did, one element per sample of the request.
+
+    ``last`` is the number of the last stage that changed the answer, -1 for none;
+    ``negative_exit`` marks what was scored by a stage that has one; ``late`` what a stage that
+    overran was asked about.
+    """
+
+    last: NDArray[np.int64]
+    negative_exit: NDArray[np.bool_]
+    late: NDArray[np.bool_]
+
+    @classmethod
+    def nothing(cls, count: int) -> _Said:
+        return cls(np.full(count, -1), np.zeros(count, bool), np.zeros(count, bool))
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,24 +342,26 @@ class _Scored:
     labels: NDArray[Any] | None
 
 
-def _score(stage: Stage, samples: Samples, batch: list[int]) -> _Answer:
+def _score(name: str, stage: Stage, samples: Samples, batch: list[int]) -> _Answer:
     """Body of the job. Its caller may have left: it changes nothing but the decoded images."""
     begin = time.perf_counter()
     answer = _Answer([], {})
     images = []
-    for position in batch:
-        try:
-            images.append(samples.get(position))
-            answer.kept.append(position)
-        except ImageError as error:
-            answer.unreadable[position] = str(error)
-        except Exception as error:  # one bad image must not take the others with it
-            answer.unreadable[position] = f"{type(error).__name__}: {error}"
+    with span("decode"):
+        for position in batch:
+            try:
+                images.append(samples.get(position))
+                answer.kept.append(position)
+            except ImageError as error:
+                answer.unreadable[position] = str(error)
+            except Exception as error:  # one bad image must not take the others with it
+                answer.unreadable[position] = f"{type(error).__name__}: {error}"
     start = time.perf_counter()
     answer.decode_seconds = start - begin
     if images:
         try:
-            answer.scores = stage.score(images)
+            with span(name):
+                answer.scores = stage.score(images)
         except Exception as error:
             answer.error = error
         answer.seconds = time.perf_counter() - start

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sn72engine.cascade.spec import StageSpec
+from sn72engine.cascade.spec import StageSpec, parallel_groups
 
 
 @dataclass(slots=True)
@@ -93,6 +93,7 @@ class Counters:
 
     def __init__(self, stages: Sequence[StageSpec]) -> None:
         self._stages = tuple(stages)
+        self._groups = parallel_groups(self._stages)
         self._lock = threading.Lock()
         self._counts = [StageCounts() for _ in stages]
         self._calls = 0
@@ -101,7 +102,9 @@ class Counters:
 
     def add(self, samples: int, seconds: float, counts: Sequence[StageCounts]) -> None:
         """Add one call that took ``seconds`` in all."""
-        elsewhere = sum(c.seconds + c.decode_seconds + c.waited_seconds for c in counts)
+        spent = [c.seconds + c.decode_seconds + c.waited_seconds for c in counts]
+        # Stages of a parallel group run at the same time.
+        elsewhere = sum(max(spent[number] for number in group) for group in self._groups)
         with self._lock:
             self._calls += 1
             self._samples += samples
@@ -114,8 +117,13 @@ class Counters:
         with self._lock:
             stages = tuple(
                 StageReport(
-                    spec.name, *spec.thresholds, spec.combine, spec.when, dataclasses.replace(count)
+                    self._stages[number].name,
+                    *self._stages[group[0]].thresholds,
+                    self._stages[number].combine,
+                    self._stages[number].when,
+                    dataclasses.replace(self._counts[number]),
                 )
-                for spec, count in zip(self._stages, self._counts, strict=True)
+                for group in self._groups
+                for number in group
             )
             return CascadeReport(self._calls, self._samples, self._own_seconds, stages)

@@ -17,6 +17,12 @@ A complete file::
         ocr: {keywords: [road work, men at work]}
         combine: positive_only
         when: text_visible
+
+Stages that follow one another with the same ``group`` form a parallel group: they are asked at the
+same time, their scores are combined, and the sample is routed once::
+
+      - {name: left, engine: engines/left, score: sigmoid, group: second, low: 0.2, high: 0.8}
+      - {name: right, engine: engines/right, score: sigmoid, group: second, combine: weighted}
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -39,6 +45,7 @@ from sn72engine.stages.vlm import VlmOptions
 Combine = Literal["replace", "weighted", "positive_only"]
 
 ALWAYS = "always"
+_LOW, _HIGH = 0.15, 0.85
 VIDEO_TRIGGER = "is_video"
 
 
@@ -67,6 +74,8 @@ class StageSpec(Options):
         weight: share in the weighted mean; only the ratio to the other weights matters.
         when: ``always``, or the name of a trigger: the stage then sees only samples that the
             caller flags with it.
+        group: name of the parallel group that the stage belongs to; None for a stage by itself.
+            The thresholds of the first stage of a group are the group's.
     """
 
     name: str
@@ -76,10 +85,11 @@ class StageSpec(Options):
     score: Score | None = None
     positive: int = 1
     low: float | None = None
-    high: float = 0.85
+    high: float = _HIGH
     combine: Combine = "replace"
     weight: float = 1.0
     when: str = ALWAYS
+    group: str | None = None
 
     def __post_init__(self) -> None:
         check_identifier("name", self.name)
@@ -90,6 +100,8 @@ class StageSpec(Options):
         if self.weight <= 0:
             raise OptionError(f"weight={self.weight!r} must be greater than 0")
         check_identifier("when", self.when)
+        if self.group is not None:
+            check_identifier("group", self.group)
         self._check_thresholds()
 
     @property
@@ -107,7 +119,7 @@ class StageSpec(Options):
         """``(low, high)`` with the default of ``low`` filled in."""
         if self.low is not None:
             return self.low, self.high
-        return (0.15 if self.negative_exit else 0.0), self.high
+        return (_LOW if self.negative_exit else 0.0), self.high
 
     def _check_source(self) -> None:
         given = [key for key in ("engine", "ocr", "vlm") if getattr(self, key) is not None]
@@ -146,6 +158,17 @@ class StageSpec(Options):
     @classmethod
     def _nested(cls) -> Mapping[str, type[Options]]:
         return {"ocr": OcrOptions, "vlm": VlmOptions}
+
+
+def parallel_groups(stages: Sequence[StageSpec]) -> tuple[tuple[int, ...], ...]:
+    """Numbers of the stages that run at the same time, in order; one number for most."""
+    groups: list[tuple[int, ...]] = []
+    for number, stage in enumerate(stages):
+        if stage.group is not None and number and stages[number - 1].group == stage.group:
+            groups[-1] += (number,)
+        else:
+            groups.append((number,))
+    return tuple(groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +221,7 @@ class CascadeSpec(Options):
                 "stages[0].combine='positive_only' has nothing to raise; put another stage first"
             )
         self._check_top1()
+        self._check_groups()
         check_number("decision_threshold", self.decision_threshold, 0.0, 1.0)
         if self.deadline is not None:
             check_number("deadline", self.deadline)
@@ -209,6 +233,11 @@ class CascadeSpec(Options):
     def top1(self) -> bool:
         """Whether labels are class indices."""
         return self.stages[0].top1
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of the stages that run at the same time, see :func:`parallel_groups`."""
+        return parallel_groups(self.stages)
 
     @property
     def triggers(self) -> tuple[str, ...]:
@@ -228,16 +257,16 @@ class CascadeSpec(Options):
         check_choice("preset", name, tuple(PRESETS))
         preset = PRESETS[name]
         stages = self.stages[:1] if preset.first_stage_only else self.stages
-        changed = tuple(
-            dataclasses.replace(
-                stage,
-                low=preset.low if stage.negative_exit else 0.0,
-                high=preset.high,
-                when=ALWAYS if preset.video and stage.when == VIDEO_TRIGGER else stage.when,
+        if preset.video:
+            stages = tuple(
+                dataclasses.replace(stage, when=ALWAYS) if stage.when == VIDEO_TRIGGER else stage
+                for stage in stages
             )
-            for stage in stages
-        )
-        return dataclasses.replace(self, stages=changed)
+        changed = list(stages)
+        for first, *_ in parallel_groups(stages):
+            low = preset.low if stages[first].negative_exit else 0.0
+            changed[first] = dataclasses.replace(stages[first], low=low, high=preset.high)
+        return dataclasses.replace(self, stages=tuple(changed))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "cascade") -> Self:
@@ -330,6 +359,36 @@ class CascadeSpec(Options):
                     f"stages[{index}].combine={stage.combine!r} must be 'replace' with "
                     "score='top1': confidences in different classes cannot be mixed"
                 )
+
+    def _check_groups(self) -> None:
+        groups = self.groups
+        names = [self.stages[group[0]].group for group in groups]
+        for number, (name, (first, *others)) in enumerate(zip(names, groups, strict=True)):
+            if name is not None and name in names[:number]:
+                raise OptionError(
+                    f"stages[{first}].group={name!r} is used before and not by the stage before "
+                    "it; the stages of a parallel group must follow one another"
+                )
+            for other in others:
+                self._check_beside(first, other)
+
+    def _check_beside(self, first: int, other: int) -> None:
+        stage = self.stages[other]
+        if stage.combine == "replace":
+            raise OptionError(
+                f"stages[{other}].combine='replace' would discard what stages[{first}] says, which "
+                f"runs beside it in group {stage.group!r}; use 'weighted' or 'positive_only'"
+            )
+        if stage.low is not None or stage.high != _HIGH:
+            raise OptionError(
+                f"stages[{other}].low={stage.low!r}, high={stage.high!r}: group {stage.group!r} "
+                f"is routed once, by the thresholds of stages[{first}]; set them there"
+            )
+        if self.stages[first].combine == "positive_only" != stage.combine:
+            raise OptionError(
+                f"stages[{first}].combine='positive_only' has no negative exit, and its thresholds "
+                f"are those of group {stage.group!r}; put stages[{other}] before it"
+            )
 
 
 def check_identifier(name: str, value: object) -> None:

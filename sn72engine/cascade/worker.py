@@ -75,22 +75,29 @@ class Worker:
                 return call()
             finally:
                 self._busy.release()
+        return self.start(call, until)()
+
+    def start(self, call: Callable[[], T], until: float) -> Callable[[], T]:
+        """Begin ``call`` on the thread of an acquired worker.
+
+        Returns:
+            What waits for the end of it, and returns or raises as :meth:`run` does.
+
+        Raises:
+            Overrun: it is past ``until`` already.
+        """
         remaining = until - time.monotonic()
         if remaining <= 0:
             self._busy.release()
             raise Overrun
         try:
-            self._start()
+            self._start_thread()
         except RuntimeError:  # the system gives no more threads
             self._busy.release()
             raise
         job = _Job(call)
         self._jobs.put(job)
-        if not job.done.wait(min(remaining, threading.TIMEOUT_MAX)):
-            raise Overrun
-        if job.error is not None:
-            raise job.error
-        return cast("T", job.value)
+        return lambda: _wait(job, until)
 
     def close(self, patience: float) -> bool:
         """Take no more jobs; wait up to ``patience`` seconds for the running one.
@@ -105,13 +112,23 @@ class Worker:
             self._busy.release()
         return free
 
-    def _start(self) -> None:
+    def _start_thread(self) -> None:
         # Under the lock, so once. A daemon, so that a stage that hangs cannot hold up the exit.
         if not self._started:
             threading.Thread(
                 target=_work, args=(self._jobs, self._busy), name=self._name, daemon=True
             ).start()
             self._started = True
+
+
+def _wait(job: _Job[T], until: float) -> T:
+    limited = not math.isinf(until)
+    timeout = min(max(until - time.monotonic(), 0.0), threading.TIMEOUT_MAX) if limited else None
+    if not job.done.wait(timeout):
+        raise Overrun
+    if job.error is not None:
+        raise job.error
+    return cast("T", job.value)
 
 
 def _work(jobs: queue.SimpleQueue[_Job[Any] | None], busy: threading.Lock) -> None:

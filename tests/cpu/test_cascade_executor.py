@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import logging
 import math
@@ -562,6 +563,120 @@ def test_top1_gives_class_indices_and_has_no_negative_exit() -> None:
 def test_top1_without_labels_is_a_failure() -> None:
     result = answer(spec_of(StageSpec("a", score="top1")), [0.9])
     assert "1 integer labels" in result.error
+
+
+# ---------------------------------------------------------------- stages side by side
+
+
+def side_by_side(*members: StageSpec, **options: Any) -> CascadeSpec:
+    return spec_of(StageSpec("first", low=0.1, high=0.9), *members, StageSpec("last"), **options)
+
+
+LEFT = StageSpec("left", group="g", low=0.2, high=0.8)
+RIGHT = StageSpec("right", group="g", combine="weighted")
+SIGNS = StageSpec("signs", group="g", combine="positive_only")
+
+
+def test_a_group_is_routed_once_on_what_its_stages_say_together() -> None:
+    spec = side_by_side(LEFT, RIGHT)
+    # Each alone would leave; together they escalate.
+    assert answer(spec, [0.5, 0.1, 0.9, 0.95]) == Result(
+        pytest.approx(0.95), 1, "last", Status.DONE
+    )
+    assert answer(spec, [0.5, 0.9, 0.8, 0.0]) == Result(
+        pytest.approx(0.85), 1, "right", Status.DONE
+    )
+
+
+def test_a_stage_of_a_group_that_fails_leaves_its_share_out() -> None:
+    spec = side_by_side(LEFT, RIGHT)
+    assert answer(spec, [0.5, NAN, 0.9, 0.5]).probability == pytest.approx(0.5)
+    assert answer(spec, [0.5, 0.95, NAN, 0.0]) == Result(
+        pytest.approx(0.95), 1, "left", Status.DONE
+    )
+    failed = answer(spec, [0.5, 0.6, NAN, NAN])
+    assert (failed.probability, failed.status) == (pytest.approx(0.6), Status.STAGE_FAILED)
+
+
+def test_a_keyword_in_a_group_may_only_raise() -> None:
+    spec = side_by_side(LEFT, SIGNS)
+    assert answer(spec, [0.5, 0.3, 0.9, 0.0]) == Result(pytest.approx(0.9), 1, "signs", Status.DONE)
+    assert answer(spec, [0.5, 0.1, 0.0, 0.9]).stage == "left"
+    # Only the keyword stage scored it, and low: that is no reason to leave as negative.
+    first = StageSpec("first", low=0.0, high=0.9)
+    spec = spec_of(first, LEFT, SIGNS, StageSpec("last"))
+    assert answer(spec, [0.05, NAN, 0.1, 0.95]).stage == "last"
+
+
+def test_the_stages_of_a_group_run_at_the_same_time() -> None:
+    meeting = threading.Barrier(2, timeout=60)
+
+    def meet(score: float) -> Callable[[Sequence[Any]], np.ndarray]:
+        def stage(images: Sequence[Any]) -> np.ndarray:
+            meeting.wait()
+            return np.full(len(images), score)
+
+        return stage
+
+    spec = side_by_side(LEFT, RIGHT)
+    stages = {"first": lookup([0.5]), "left": meet(0.9), "right": meet(1.0), "last": lookup([0])}
+    with Cascade(spec, stages) as cascade:
+        for deadline in (None, 60.0):
+            (result,) = cascade([picture(0)], deadline=deadline)
+            assert result == Result(pytest.approx(0.95), 1, "right", Status.DONE)
+        report = cascade.report()
+    # One sample leaves once, by the last stage that had a say; the thresholds are the group's.
+    counts = [stage.counts for stage in report.stages]
+    assert [count.positive for count in counts] == [0, 0, 2, 0]
+    assert [count.escalated for count in counts] == [2, 2, 0, 0]
+    assert [(s.low, s.high) for s in report.stages[1:3]] == [(0.2, 0.8)] * 2
+
+
+def test_a_stage_of_a_group_that_overruns_is_left_behind() -> None:
+    gate = Gate(0.99)
+    spec = side_by_side(
+        LEFT, dataclasses.replace(RIGHT, when="marked"), decision_threshold=0.5, max_batch=4
+    )
+    stages = {"first": lookup([0.5] * 3), "left": lookup([0.7, 0.9, 0.7]), "right": gate}
+    with Cascade(spec, stages | {"last": lookup([0.95] * 3)}) as cascade:
+        results = cascade(
+            [picture(i) for i in range(3)],
+            deadline=0.15,
+            flags={"marked": [True, False, True]},
+        )
+        gate.open.set()
+        counts = cascade.report().stages[2].counts
+    assert results[0] == results[2] == Result(pytest.approx(0.7), 1, "left", Status.DEADLINE)
+    assert results[1] == Result(pytest.approx(0.9), 1, "left", Status.DONE)
+    assert (counts.asked, counts.late) == (2, 2)
+
+
+def test_an_image_is_decoded_once_for_all_stages_of_a_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sn72engine.cascade import cascade as module
+
+    decoded: list[int] = []
+    real = module.decode
+
+    def counting(source: Any, **options: Any) -> Any:
+        decoded.append(number_of(source))
+        time.sleep(0.002)
+        return real(source, **options)
+
+    monkeypatch.setattr(module, "decode", counting)
+    first = dataclasses.replace(LEFT, low=None, high=0.85)
+    spec = spec_of(first, RIGHT)
+    with Cascade(spec, {"left": lookup([0.5] * 9), "right": lookup([0.5] * 9)}) as cascade:
+        cascade([picture(i) for i in range(9)])
+    assert sorted(decoded) == list(range(9))
+
+
+def test_thresholds_of_a_call_are_set_at_the_first_stage_of_a_group() -> None:
+    spec = side_by_side(LEFT, RIGHT)
+    assert answer(spec, [0.5, 0.7, 0.7, 0], thresholds={"left": (0.1, 0.6)}).stage == "right"
+    with pytest.raises(OptionError, match="'right' is routed with 'left'"):
+        answer(spec, [0.5, 0.7, 0.7, 0], thresholds={"right": (0.1, 0.6)})
 
 
 # ---------------------------------------------------------------- images

@@ -287,3 +287,58 @@ def test_import_is_light(module: str) -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+GROUPED = """
+stages:
+  - {name: small}
+  - {name: left, group: second, low: 0.2, high: 0.8}
+  - {name: right, group: second, combine: weighted}
+  - {name: signs, group: second, combine: positive_only}
+  - {name: large, group: third}
+"""
+
+
+def test_stages_with_the_same_group_run_side_by_side() -> None:
+    spec = CascadeSpec.from_yaml(GROUPED)
+    assert spec.groups == ((0,), (1, 2, 3), (4,))
+    assert CascadeSpec.from_yaml(spec.to_yaml()) == spec
+    assert StageSpec("a").group is None
+
+
+def test_a_preset_sets_the_thresholds_of_a_group_once() -> None:
+    spec = CascadeSpec.from_yaml(GROUPED).with_preset("accuracy")
+    assert [s.low for s in spec.stages] == [0.2, 0.2, None, None, 0.2]
+    assert [s.high for s in spec.stages] == [0.8, 0.8, 0.85, 0.85, 0.8]
+
+
+def beside(**keys: Any) -> StageSpec:
+    return StageSpec("b", group="g", **{"combine": "weighted", **keys})
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ((StageSpec("a", group="g"), beside(low=0.1)), r"stages\[1\].low=0.1, high=0.85: group"),
+        ((StageSpec("a", group="g"), beside(high=0.9)), r"thresholds of stages\[0\]; set them"),
+        ((StageSpec("a", group="g"), beside(combine="replace")), r"would discard what stages\[0\]"),
+        (
+            (StageSpec("a", group="g"), StageSpec("c"), beside()),
+            r"stages\[2\].group='g' is used before",
+        ),
+        (
+            (StageSpec("a"), StageSpec("c", group="g", combine="positive_only"), beside()),
+            r"put stages\[2\] before it",
+        ),
+    ],
+)
+def test_a_group_that_makes_no_sense_is_refused(
+    stages: tuple[StageSpec, ...], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        CascadeSpec(stages)
+
+
+def test_a_group_has_a_short_name() -> None:
+    with pytest.raises(OptionError, match="group='a b' must be 1 to 64 letters"):
+        StageSpec("a", group="a b")
