@@ -38,7 +38,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,6 +125,22 @@ class _Answer:
     decode_seconds: float = 0.0
 
 
+class Executor(Protocol):
+    """Runs requests from any number of threads."""
+
+    def run(self, request: Request) -> tuple[list[Result], list[StageCounts]]:
+        """One result per sample, in order, and the counts of this run for each stage.
+
+        Raises:
+            CascadeError: a sample was left without a status, which is a bug.
+        """
+        ...
+
+    def close(self, patience: float) -> tuple[bool, ...]:
+        """Take no more work; for each stage, whether it is idle and so may be closed."""
+        ...
+
+
 class CpuExecutor:
     """Runs requests, from any number of threads; one thread at a time in each stage.
 
@@ -152,7 +168,23 @@ class CpuExecutor:
         spec = self._spec
         tally = Tally(len(request.samples))
         counts = [StageCounts() for _ in self._stages]
+        self.run_from(0, request, tally, counts)
+        return tally.results(self._names, spec.decision_threshold, top1=spec.top1), counts
+
+    def run_from(
+        self, first: int, request: Request, tally: Tally, counts: Sequence[StageCounts]
+    ) -> None:
+        """Run the stages from number ``first``, which begins a group, on the open samples.
+
+        Args:
+            first: earlier stages have had their say already.
+            request: as for :meth:`run`.
+            tally, counts: what is known so far; both are added to.
+        """
+        spec = self._spec
         for group in self._groups:
+            if group[0] < first:
+                continue
             marks = {number: self._marked(number, request) for number in group}
             waiting = tally.open(np.logical_or.reduce([*marks.values()]))
             for start in range(0, len(waiting), spec.max_batch):
@@ -162,7 +194,6 @@ class CpuExecutor:
             if request.progress is not None and group is not self._groups[-1]:
                 known = tally.snapshot(self._names, spec.decision_threshold, top1=spec.top1)
                 request.progress(*known)
-        return tally.results(self._names, spec.decision_threshold, top1=spec.top1), counts
 
     def close(self, patience: float) -> tuple[bool, ...]:
         """Take no more work; for each stage, whether it is idle and so may be closed."""
@@ -306,7 +337,7 @@ class CpuExecutor:
         routes[(routes == NEGATIVE) & ~said.negative_exit[index]] = ESCALATE
         request.samples.drop(tally.leave(index, routes))
         last = said.last[index]
-        for number in np.unique(last).tolist():
+        for number in set(last.tolist()):
             exits, count = routes[last == number], counts[number]
             negative = int(np.count_nonzero(exits == NEGATIVE))
             positive = int(np.count_nonzero(exits == POSITIVE))

@@ -1,4 +1,4 @@
-"""The executor against an oracle that handles one sample at a time in plain Python."""
+"""The executor, case by case; see test_cascade_oracle.py for random cases."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import dataclasses
 import gc
 import logging
 import math
-import struct
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from sn72engine.cascade import Cascade
 from sn72engine.cascade.result import Result, Status
@@ -51,210 +47,9 @@ def two_stages(first: Any, second: Any, **options: Any) -> Cascade:
     return Cascade(spec, {"first": first, "second": second})
 
 
-# ---------------------------------------------------------------- the oracle
-
-
-@dataclass
-class Case:
-    """A cascade, its samples, and what each stage says about each."""
-
-    stages: list[StageSpec]
-    scores: list[list[float]]  # by stage, by sample
-    broken: list[bool]  # by stage: raises
-    flags: list[list[bool]]  # by stage, by sample
-    thresholds: dict[int, list[tuple[float, float]]]  # by stage, by sample
-    readable: list[bool]
-    decision_threshold: float
-    max_batch: int
-    names: list[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.names = [stage.name for stage in self.stages]
-
-
-def f32(value: float) -> float:
-    try:
-        return struct.unpack("f", struct.pack("f", value))[0]
-    except OverflowError:
-        return math.copysign(math.inf, value)
-
-
-def oracle(case: Case, sample: int) -> tuple[float, int, str | None, Status]:
-    """What must become of one sample, written from the rules and not from the executor."""
-    if not case.readable[sample]:
-        return 0.5, int(case.decision_threshold < 0.5), None, Status.STAGE_FAILED
-    votes: list[tuple[float, float]] = []
-    floor: tuple[float, str] | None = None
-    voter: str | None = None
-    status = Status.STAGE_FAILED
-
-    def answer() -> tuple[float, str | None]:
-        mean = 0.5
-        if votes:
-            mean = f32(sum(w * s for w, s in votes) / sum(w for w, _ in votes))
-        if floor is not None and floor[0] > mean:
-            return floor
-        return mean, voter
-
-    for k, stage in enumerate(case.stages):
-        if stage.when != "always" and not case.flags[k][sample]:
-            continue
-        score = NAN if case.broken[k] else f32(case.scores[k][sample])
-        if not 0.0 <= score <= 1.0:
-            status = Status.STAGE_FAILED
-            continue
-        if stage.combine == "positive_only":
-            if score <= answer()[0]:
-                continue
-            floor = (score, stage.name)
-        else:
-            if stage.combine == "replace":
-                votes, floor = [], None
-            votes.append((stage.weight, score))
-            voter = stage.name
-        status = Status.UNDECIDED
-        low, high = case.thresholds[k][sample] if k in case.thresholds else stage.thresholds
-        low, high = f32(low), f32(high)
-        p, who = answer()
-        if low <= high and p > high:
-            return p, 1, who, Status.DONE
-        if low <= high and p < low and stage.combine != "positive_only":
-            return p, 0, who, Status.DONE
-    p, who = answer()
-    return p, int(p > f32(case.decision_threshold)), who, status
-
-
-def run(case: Case, *, deadline: float | None) -> list[Result]:
-    def stage(k: int) -> Callable[[Any], Any]:
-        def call(images: Any) -> Any:
-            assert len(images) <= case.max_batch
-            if case.broken[k]:
-                raise RuntimeError("broken")
-            return lookup(case.scores[k])(images)
-
-        return call
-
-    spec = CascadeSpec(
-        tuple(case.stages), decision_threshold=case.decision_threshold, max_batch=case.max_batch
-    )
-    images = [picture(i) if ok else UNREADABLE for i, ok in enumerate(case.readable)]
-    told: list[tuple[list[Result], list[bool]]] = []
-    with Cascade(spec, {name: stage(k) for k, name in enumerate(case.names)}) as cascade:
-        results = cascade(
-            images,
-            deadline=deadline,
-            flags={s.when: case.flags[k] for k, s in enumerate(case.stages) if s.when != "always"},
-            thresholds={
-                case.names[k]: tuple(np.array(pairs, np.float64).reshape(-1, 2).T)
-                for k, pairs in case.thresholds.items()
-            },
-            progress=lambda *known: told.append(known),
-        )
-        counts = [stage.counts for stage in cascade.report().stages]
-    for count in counts:
-        ends = count.negative, count.positive, count.escalated, count.failed, count.late
-        assert sum(ends) == count.asked
-    check_progress(told, results, len(case.stages))
-    return results
-
-
-def check_progress(
-    told: list[tuple[list[Result], list[bool]]], results: list[Result], stages: int
-) -> None:
-    """Told after every stage but the last, and what was called settled did not change."""
-    assert len(told) == stages - 1
-    before = [False] * len(results)
-    for known, settled in told:
-        for early, final, result, was in zip(known, settled, results, before, strict=True):
-            assert final or not was
-            assert early == result if final else early.status is not Status.DONE
-        before = settled
-
-
-# Few distinct values, so that ties and equal scores are common.
-some_scores = st.sampled_from([0.0, 0.1, 0.15, 0.3, 0.5, 0.7, 0.85, 0.9, 1.0])
-bad_scores = st.sampled_from([NAN, math.inf, -math.inf, -0.1, 1.1])
-scores = st.one_of(some_scores, some_scores, st.floats(0, 1), bad_scores)
-bounds = st.one_of(some_scores, st.sampled_from([NAN, -1.0, 2.0]))
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    count = draw(st.integers(0, 9))
-    stages = []
-    for k in range(draw(st.integers(1, 4))):
-        combines = ["replace", "weighted", "positive_only"] if k else ["replace", "weighted"]
-        combine = draw(st.sampled_from(combines))
-        low, high = sorted((draw(some_scores), draw(some_scores)))
-        stages.append(
-            StageSpec(
-                f"s{k}",
-                low=0.0 if combine == "positive_only" else low,
-                high=high,
-                combine=combine,
-                weight=draw(st.sampled_from([0.1, 0.4, 1.0, 3.0])),
-                when=draw(st.sampled_from(["always", "always", f"trigger{k}"])),
-            )
-        )
-
-    def per_sample(strategy: st.SearchStrategy[Any]) -> list[Any]:
-        return draw(st.lists(strategy, min_size=count, max_size=count))
-
-    return Case(
-        stages,
-        scores=[per_sample(scores) for _ in stages],
-        broken=[draw(st.integers(0, 9)) == 0 for _ in stages],
-        flags=[per_sample(st.booleans()) for _ in stages],
-        thresholds={
-            k: per_sample(st.tuples(bounds, bounds))
-            for k in range(len(stages))
-            if draw(st.integers(0, 4)) == 0
-        },
-        readable=per_sample(st.integers(0, 9).map(bool)),
-        decision_threshold=draw(st.sampled_from([0.5, 0.3, 0.43])),
-        max_batch=draw(st.sampled_from([1, 2, 3, 32])),
-    )
-
-
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "sn72engine.cascade")
-
-
-SETTINGS = settings(
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-
-
-def check(case: Case, deadline: float | None) -> None:
-    results = run(case, deadline=deadline)
-    assert len(results) == len(case.readable)
-    for i, result in enumerate(results):
-        got = result.probability, result.label, result.stage, result.status
-        assert got == oracle(case, i), f"sample {i}"
-        assert (result.error != "") == (result.status is Status.STAGE_FAILED)
-
-
-@settings(SETTINGS, max_examples=1800)
-@given(cases())
-def test_every_sample_as_the_oracle_says(case: Case) -> None:
-    check(case, None)
-
-
-@settings(SETTINGS, max_examples=250)
-@given(cases())
-def test_a_far_deadline_changes_nothing(case: Case) -> None:
-    check(case, 600.0)
-
-
-@settings(SETTINGS, max_examples=50)
-@given(cases())
-def test_a_deadline_that_is_over_runs_no_stage(case: Case) -> None:
-    for i, result in enumerate(run(case, deadline=-1.0)):
-        asked = any(s.when == "always" or case.flags[k][i] for k, s in enumerate(case.stages))
-        assert (result.probability, result.stage) == (0.5, None)
-        assert result.status is (Status.DEADLINE if asked else Status.STAGE_FAILED)
 
 
 # ---------------------------------------------------------------- stages that misbehave
