@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,20 @@ class Manifest:
     build_seconds: float = 0.0
     created: str = ""
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def build_options(self) -> dict[str, Any]:
+        """The recorded build options, as :meth:`BuildOptions.to_dict` writes them.
+
+        Without backend and target; options that are younger than the engine are absent.
+        """
+        options: dict[str, Any] = json.loads(self.fingerprint.get("options", "{}"))
+        return options
+
+    @property
+    def stripped(self) -> bool:
+        """Whether the engine lacks its weights, and must be refitted before it can run."""
+        return bool(self.build_options.get("tensorrt", {}).get("strip_weights"))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, with the layout version."""

@@ -6,19 +6,20 @@ copied. Anything else with ``__dlpack__`` is taken as an array.
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from sn72engine import fingerprint
 from sn72engine.backends import get_backend
-from sn72engine.backends.base import Array
+from sn72engine.backends.base import Array, DeviceMemory, OnDevice, Shareable
+from sn72engine.closing import Closing
 from sn72engine.engine import Engine, Manifest
 from sn72engine.engine_folder import mark_used, open_engine
 from sn72engine.errors import InputError, SessionError
@@ -43,11 +44,12 @@ class DeviceRunner(Protocol):
         ...
 
 
-class Session:
+class Session(Closing):
     """One engine, opened, with one execution context.
 
     Threads may share a session: calls are serialised by a lock. To run calls side by side give
-    each thread its own :meth:`clone`. Use as a context manager, or call :meth:`close`.
+    each thread its own :meth:`clone`, or use a :class:`sn72engine.pool.SessionPool`. Use as a
+    context manager, or call :meth:`close`.
 
     Args:
         engine: an engine, or the folder of one, which is hash-checked.
@@ -190,9 +192,34 @@ class Session:
         most = self.manifest.batch.max
         return self._joined(rows[start : start + most] for start in range(0, len(rows), most))
 
+    @property
+    def device_memory(self) -> DeviceMemory | None:
+        """Device memory that this session holds; None for an engine that runs on the CPU.
+
+        Raises:
+            SessionError: the session is closed.
+        """
+        with self._lock:
+            runner = self._open_runner()
+            return runner.device_memory() if isinstance(runner, OnDevice) else None
+
     def clone(self) -> Session:
-        """Another session of the same engine, with a context of its own."""
-        return Session(self._engine, self._options)
+        """Another session of the same engine, to be used at the same time by another thread.
+
+        The weights are shared where the backend can do that, and held once more where it cannot.
+        Either session may be closed first.
+
+        Raises:
+            SessionError: this session is closed.
+        """
+        with self._lock:
+            runner = self._open_runner()
+            if not isinstance(runner, Shareable):
+                return Session(self._engine, self._options)
+            twin = copy.copy(self)
+            twin._lock = threading.Lock()
+            twin._runner = runner.twin()
+            return twin
 
     def close(self) -> None:
         """Release the context, after a call under way; calling it twice is allowed."""
@@ -200,17 +227,6 @@ class Session:
             if self._runner is not None:
                 self._runner.close()
                 self._runner = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         manifest = self.manifest

@@ -33,6 +33,8 @@ def try_engine(engine: Engine) -> tuple[str, ...]:
     """
     manifest = engine.manifest
     batch = manifest.batch
+    if manifest.stripped:
+        return ("not run: it was built without its weights, which refit puts in",)
     if not _runs_here(manifest.backend, manifest.target):
         return (f"not run: it is for {manifest.target}, which this machine does not have",)
     try:
@@ -87,9 +89,9 @@ def random_inputs(
 def _runs_here(backend: str, target: str) -> bool:
     if backend in CPU_BACKENDS:
         return True
-    from sn72engine.backends.tensorrt import device_target
+    from sn72engine.backends.tensorrt_device import device_target, runs_on
 
-    return device_target() == target
+    return runs_on(target, device_target())
 
 
 def _run(session: Session, inputs: dict[str, Any], batch: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sn72engine.engine import Engine
 from sn72engine.model import OnnxModel, TensorSpec
@@ -41,6 +41,41 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Release the context; calling it twice is allowed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Device memory of a runner, in bytes.
+
+    Args:
+        engine: the engine with its weights, which runners of one engine share.
+        scratch: what intermediate results have taken so far.
+        scratch_limit: what they can come to, at the largest shapes.
+        buffers: inputs and outputs of calls with arrays of the host.
+    """
+
+    engine: int
+    scratch: int
+    scratch_limit: int
+    buffers: int
+
+
+@runtime_checkable
+class Shareable(Protocol):
+    """A runner that can give another one of the same engine, without loading it again."""
+
+    def twin(self) -> Runner:
+        """Another runner that may be used at the same time, by another thread."""
+        ...
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """A runner that says how much device memory it holds."""
+
+    def device_memory(self) -> DeviceMemory:
+        """What is held now."""
         ...
 
 

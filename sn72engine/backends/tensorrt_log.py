@@ -28,6 +28,15 @@ ADVICE = (
         "target='sm_89' for example",
     ),
     (
+        r"graph_jit\.cpp.*CUDA_SUCCESS",
+        "refittable engines are compiled on the card, and no CUDA device is present: build where "
+        "the card is, or with refit='none'",
+    ),
+    (
+        r"libnvinfer_lean",
+        "the lean runtime is not installed: build with exclude_lean_runtime=True",
+    ),
+    (
         r"Plugin not found|No importer registered|no checker registered",
         "TensorRT does not know this operator: export the model without it, or exclude it",
     ),

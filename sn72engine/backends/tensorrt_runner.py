@@ -1,14 +1,16 @@
-"""Runs TensorRT and TensorRT-RTX engines: one execution context on one CUDA device."""
+"""Runs TensorRT and TensorRT-RTX engines: contexts, buffers and one stream of one CUDA device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sn72engine.backends.base import Array
-from sn72engine.backends.tensorrt_log import explain, make_logger
+from sn72engine.backends.base import Array, DeviceMemory
+from sn72engine.backends.tensorrt_device import Device
+from sn72engine.backends.tensorrt_engine import LoadedEngine, nearest
 from sn72engine.engine import Engine
 from sn72engine.errors import SessionError
+from sn72engine.spec import RuntimeOptions
 
 if TYPE_CHECKING:
     import torch
@@ -32,34 +34,46 @@ def numpy_name(dtype: Any) -> str:
     return _NUMPY_NAMES.get(name, name)
 
 
-class TensorRTRunner:
-    """One execution context, its stream, and device buffers that grow to the largest batch seen.
+def open_runner(trt: Any, engine: Engine, options: RuntimeOptions) -> TensorRTRunner:
+    """Load an engine on the device that ``options`` names.
 
-    :meth:`run` copies NumPy arrays in and out through the buffers. :meth:`run_device` takes and
-    gives PyTorch tensors on the device and copies nothing. Every status that the library returns
-    is checked: a launch that failed would leave the results of an earlier call in place.
+    Raises:
+        SessionError: TensorRT refuses it.
+    """
+    device = Device(options.device_index)
+    return TensorRTRunner(LoadedEngine(trt, engine, device, options), device)
+
+
+class TensorRTRunner:
+    """One stream with one execution context per optimization profile.
+
+    A context keeps its profile for life: switching would wait for the device, and one that was
+    captured in a CUDA graph must not change. They run one after the other on one stream, so they
+    share one scratch memory, which grows to the largest that was needed. :meth:`run` copies NumPy
+    arrays in and out through device buffers that grow likewise; :meth:`run_device` takes and gives
+    PyTorch tensors on the device and copies nothing.
     """
 
-    def __init__(self, trt: Any, engine: Engine, device_index: int) -> None:
-        import torch
-
-        self.inputs = engine.manifest.inputs
-        self.outputs = engine.manifest.outputs
-        self._torch = torch
-        self.device = torch.device("cuda", device_index)
-        # The runtime must outlive the engine, and the logger the runtime.
-        self._logger = make_logger(trt)
-        with torch.cuda.device(self.device):
-            self._runtime = trt.Runtime(self._logger)
-            self._engine = self._runtime.deserialize_cuda_engine(engine.path.read_bytes())
-            if self._engine is None:
-                raise SessionError(f"{engine.path.name} cannot be loaded: {self._explain()}")
-            self._check_names()
-            self._context = self._engine.create_execution_context()
-            if self._context is None:
-                raise SessionError(f"{engine.path.name} cannot be prepared: {self._explain()}")
-            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+    def __init__(self, loaded: LoadedEngine, device: Device) -> None:
+        self.inputs = loaded.manifest.inputs
+        self.outputs = loaded.manifest.outputs
+        self._loaded: LoadedEngine | None = loaded
+        self._device = device
+        self._contexts: dict[int, Any] = {}
         self._buffers: dict[str, torch.Tensor] = {}
+        self._scratch: torch.Tensor | None = None
+        with device.current():
+            # The first is made now, so that an engine that cannot run fails when it is opened.
+            self._context(loaded, 0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device.torch_device
+
+    def twin(self) -> TensorRTRunner:
+        """Another runner of the same engine, with a stream of its own and the weights shared."""
+        return TensorRTRunner(self._open(), Device(self._device.torch_device.index))
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Execute on contiguous NumPy arrays; the arrays returned belong to the caller.
@@ -67,15 +81,16 @@ class TensorRTRunner:
         Raises:
             SessionError: TensorRT reported failure.
         """
-        torch = self._torch
-        self._check_open()
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+        import torch
+
+        loaded = self._open()
+        with self._device.queued():
             bound = {}
             for name, array in inputs.items():
                 host = torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
-                bound[name] = self._buffer(name, tuple(host.shape), host.dtype)
+                bound[name] = self._buffer(name, tuple(host.shape), array.dtype.name)
                 bound[name].copy_(host, non_blocking=True)
-            results = self._enqueue(bound, self._buffer)
+            results = self._enqueue(loaded, bound, self._buffer)
             # Copying to the host waits for the stream, and gives memory that is not reused.
             return {name: tensor.cpu().numpy() for name, tensor in results.items()}
 
@@ -87,85 +102,150 @@ class TensorRTRunner:
         Raises:
             SessionError: TensorRT refused the launch.
         """
-        torch = self._torch
-        self._check_open()
-        with torch.cuda.device(self.device):
-            current = torch.cuda.current_stream(self.device)
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                results = self._enqueue(inputs, self._fresh)
-            current.wait_stream(self._stream)
+        loaded = self._open()
+        with self._device.in_order():
+            results = self._enqueue(loaded, inputs, self._fresh)
         # Both streams use these blocks: the allocator must not hand them on before both are done.
-        for tensor in inputs.values():
-            tensor.record_stream(self._stream)
-        for tensor in results.values():
-            tensor.record_stream(current)
+        self._device.used_here(inputs.values())
+        self._device.used_by_caller(results.values())
         return results
 
-    def close(self) -> None:
-        """Wait for work under way, then release the context, the engine and the buffers."""
-        if self._context is None:
-            return
-        self._stream.synchronize()
-        # In this order: a context must not outlive its engine, nor an engine its runtime.
-        self._context = None
-        self._engine = None
-        self._runtime = None
-        self._buffers.clear()
+    def device_memory(self) -> DeviceMemory:
+        """Device memory that is held now, and the most that scratch can come to."""
+        loaded = self._open()
+        return DeviceMemory(
+            engine=loaded.plan_bytes,
+            scratch=0 if self._scratch is None else self._scratch.numel(),
+            scratch_limit=loaded.largest_scratch_bytes,
+            buffers=sum(b.numel() * b.element_size() for b in self._buffers.values()),
+        )
 
-    def _enqueue(self, inputs: Mapping[str, Any], allocate: Any) -> dict[str, Any]:
-        context = self._context
+    def close(self) -> None:
+        """Wait for work under way, then release the contexts, the buffers and the engine."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return
+        self._device.synchronize()
+        loaded.keep_kernels()
+        # Before the engine: a context must not outlive it.
+        self._contexts.clear()
+        self._buffers.clear()
+        self._scratch = None
+
+    def _enqueue(
+        self,
+        loaded: LoadedEngine,
+        inputs: Mapping[str, Any],
+        allocate: Callable[[str, tuple[int, ...], str], Any],
+    ) -> dict[str, Any]:
+        profile = nearest(loaded.profiles, {n: tuple(t.shape) for n, t in inputs.items()})
+        context, check = self._context(loaded, profile), loaded.check
         for name, tensor in inputs.items():
-            self._checked(context.set_input_shape(name, tuple(tensor.shape)), f"shape of {name!r}")
-            self._checked(context.set_tensor_address(name, tensor.data_ptr()), f"input {name!r}")
+            check(context.set_input_shape(name, tuple(tensor.shape)), f"shape of {name!r}")
+            check(context.set_tensor_address(name, tensor.data_ptr()), f"input {name!r}")
         try:
             missing = context.infer_shapes()
         except RuntimeError as error:
-            raise SessionError(f"TensorRT refused these shapes: {self._explain()}") from error
+            raise SessionError(f"TensorRT refused these shapes: {loaded.explain()}") from error
         if missing:
             raise SessionError(f"TensorRT cannot work out shapes without {', '.join(missing)}")
-        results = {}
+        results, open_ended = {}, {}
         for spec in self.outputs:
             shape = tuple(context.get_tensor_shape(spec.name))
-            results[spec.name] = allocate(spec.name, shape, getattr(self._torch, spec.dtype))
+            if -1 in shape:  # it depends on values: known only once the engine has run
+                allocator = make_allocator(loaded.trt, self._device)
+                open_ended[spec] = allocator
+                check(context.set_output_allocator(spec.name, allocator), f"output {spec.name!r}")
+                continue
+            results[spec.name] = allocate(spec.name, shape, spec.dtype)
             address = results[spec.name].data_ptr()
-            self._checked(context.set_tensor_address(spec.name, address), f"output {spec.name!r}")
-        self._checked(context.execute_async_v3(self._stream.cuda_stream), "the launch")
-        return results
+            check(context.set_tensor_address(spec.name, address), f"output {spec.name!r}")
+        scratch = self._scratch_for(loaded, profile)
+        context.set_device_memory(scratch.data_ptr(), scratch.numel())
+        launched = context.execute_async_v3(self._device.stream)
+        failures = [allocator.failure for allocator in open_ended.values() if allocator.failure]
+        if failures:
+            raise SessionError(f"no memory for an output: {failures[0]}")
+        check(launched, "the launch")
+        for spec, allocator in open_ended.items():
+            results[spec.name] = allocator.tensor(spec.dtype)
+        return {spec.name: results[spec.name] for spec in self.outputs}
 
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+    def _context(self, loaded: LoadedEngine, profile: int) -> Any:
+        if profile not in self._contexts:
+            self._contexts[profile] = loaded.new_context(profile, self._device)
+        return self._contexts[profile]
+
+    def _scratch_for(self, loaded: LoadedEngine, profile: int) -> Any:
+        size = max(1, loaded.scratch_bytes(profile))
+        if self._scratch is None or self._scratch.numel() < size:
+            # Let go first: both together may not fit. The allocator keeps the old block from
+            # others until the work queued on this stream is done with it.
+            self._scratch = None
+            self._scratch = self._device.empty((size,), "uint8")
+        return self._scratch
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
         """View of ``shape`` at the start of the tensor's own buffer, grown when too small."""
         count = 1
         for size in shape:
             count *= size
         held = self._buffers.get(name)
         if held is None or held.numel() < count:
-            held = self._torch.empty(count, dtype=dtype, device=self.device)
-            self._buffers[name] = held
+            held = self._buffers[name] = self._device.empty((count,), dtype)
         return held[:count].view(shape)
 
-    def _fresh(self, _name: str, shape: tuple[int, ...], dtype: Any) -> Any:
-        return self._torch.empty(shape, dtype=dtype, device=self.device)
+    def _fresh(self, _name: str, shape: tuple[int, ...], dtype: str) -> Any:
+        return self._device.empty(shape, dtype)
 
-    def _checked(self, status: bool, what: str) -> None:
-        if not status:
-            raise SessionError(f"TensorRT refused {what}: {self._explain()}")
-
-    def _check_open(self) -> None:
-        if self._context is None:
+    def _open(self) -> LoadedEngine:
+        if self._loaded is None:
             raise SessionError("this engine was closed; load it again")
+        return self._loaded
 
-    def _check_names(self) -> None:
-        names = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
-        declared = {spec.name for spec in (*self.inputs, *self.outputs)}
-        if names != declared:
-            raise SessionError(
-                f"the engine holds tensors {sorted(names)}, its manifest {sorted(declared)}; "
-                "build it again"
-            )
 
-    def _explain(self) -> str:
-        """What TensorRT said since it was last asked."""
-        text = explain(self._logger.messages)
-        self._logger.messages.clear()
-        return text
+def make_allocator(trt: Any, device: Device) -> Any:
+    """An ``IOutputAllocator`` for one output whose shape depends on values."""
+
+    class Allocator(trt.IOutputAllocator):  # type: ignore[misc]
+        """Gives TensorRT the memory it asks for, and holds the shape that it reports."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.failure = ""
+            self._memory: Any = None
+            self._shape: tuple[int, ...] | None = None
+
+        def reallocate_output_async(
+            self, tensor_name: str, memory: int, size: int, alignment: int, stream: int
+        ) -> int:
+            # An exception must not travel through the library: it takes a null address for one.
+            try:
+                self._memory = device.empty((max(1, size),), "uint8")
+            except RuntimeError as error:
+                self.failure = f"{tensor_name} needs {size} bytes ({error})"
+                return 0
+            address: int = self._memory.data_ptr()
+            return address
+
+        def reallocate_output(
+            self, tensor_name: str, memory: int, size: int, alignment: int
+        ) -> int:
+            return self.reallocate_output_async(tensor_name, memory, size, alignment, 0)
+
+        def notify_shape(self, tensor_name: str, shape: Any) -> None:
+            self._shape = tuple(shape)
+
+        def tensor(self, dtype: str) -> Any:
+            """The output, once the engine was launched."""
+            import torch
+
+            if self._shape is None or self._memory is None:
+                raise SessionError("TensorRT reported no shape for an output")
+            kind = getattr(torch, dtype)
+            count = 1
+            for size in self._shape:
+                count *= size
+            return self._memory[: count * kind.itemsize].view(kind).view(self._shape)
+
+    return Allocator()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import ast
-import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,16 @@ import onnx
 import pytest
 
 from sn72engine import _deps
-from sn72engine.backends import get_backend, tensorrt, tensorrt_log, tensorrt_runner
-from sn72engine.backends.tensorrt import TensorRTBackend, device_target
+from sn72engine.backends import get_backend, tensorrt, tensorrt_build, tensorrt_config, tensorrt_log
+from sn72engine.backends.tensorrt import TensorRTBackend
+from sn72engine.backends.tensorrt_device import device_target, runs_on
 from sn72engine.backends.tensorrt_log import ADVICE, Message, advise, explain
 from sn72engine.builder import build
 from sn72engine.errors import BuildError, MissingDependencyError, SessionError
 from sn72engine.model import OnnxModel
+from sn72engine.progress import Progress
 from sn72engine.session import load
-from sn72engine.spec import BuildOptions, ShapeRange
+from sn72engine.spec import BuildOptions, ShapeRange, TensorRTOptions
 from sn72engine.store import Store
 from tests import tiny_models
 
@@ -91,31 +91,244 @@ def test_the_target_is_part_of_the_engine(tmp_path: Path, store: Store) -> None:
 
 
 @needs_rtx
-def test_workspace_and_effort_reach_the_builder(tmp_path: Path) -> None:
-    trt = _deps.require("tensorrt_rtx", purpose="test")
-    builder = trt.Builder(tensorrt_log.make_logger(trt))
-    config = builder.create_builder_config()
-    options = rtx("sm_120", workspace_bytes=1 << 24, optimization_level=1)
-    TensorRTBackend("tensorrt_rtx")._configure(trt, config, options, "sm_120")
-    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 24
-    assert config.builder_optimization_level == 1
-    assert config.num_compute_capabilities == 1
-    assert config.get_compute_capability(0) == trt.ComputeCapability.SM120
+def test_one_file_for_several_cards(tmp_path: Path, store: Store) -> None:
+    model = tiny_models.transformer(tmp_path / "m.onnx")
+    engine = build(model, rtx("sm_120,sm_86,sm_89"), store=store)
+    assert engine.manifest.target == "sm_86,sm_89,sm_120"
+    again = build(model, rtx("sm_89,sm_120,sm_86"), store=store)
+    assert again.manifest == engine.manifest
+    with pytest.raises(BuildError, match=r"'sm_90'.*builds for .*sm_89"):
+        build(model, rtx("sm_89,sm_90"), store=store)
+
+
+@pytest.mark.parametrize(
+    ("target", "present", "expected"),
+    [
+        ("sm_89", "sm_89", True),
+        ("sm_89", "sm_90", False),
+        ("sm_86,sm_89", "sm_89", True),
+        ("sm_86,sm_89", "sm_8", False),
+        ("sm_80+", "sm_120", True),
+        ("sm_80+", "sm_75", False),
+        ("sm_89", None, False),
+    ],
+)
+def test_which_cards_run_an_engine(target: str, present: str | None, expected: bool) -> None:
+    assert runs_on(target, present) is expected
+
+
+class Builder:
+    """A real builder, network and configuration of TensorRT-RTX."""
+
+    def __init__(self, model: OnnxModel | None = None) -> None:
+        self.trt = _deps.require("tensorrt_rtx", purpose="test")
+        self.log = tensorrt_log.make_logger(self.trt)
+        self.builder = self.trt.Builder(self.log)
+        self.config = self.builder.create_builder_config()
+        self.network = self.builder.create_network(
+            1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        )
+        if model is not None:
+            self.parser = self.trt.OnnxParser(self.network, self.log)
+            assert self.parser.parse_from_file(str(model.path))
+
+    def configure(self, options: BuildOptions) -> Any:
+        tensorrt_config.configure(
+            self.trt, self.config, options.backend, options, options.resolved_target, self.log
+        )
+        return self.config
 
 
 @needs_rtx
-def test_the_profile_spans_the_batch_range(tmp_path: Path) -> None:
-    trt = _deps.require("tensorrt_rtx", purpose="test")
-    logger = tensorrt_log.make_logger(trt)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+def test_every_limit_reaches_the_builder() -> None:
+    asked = Builder()
+    trt = asked.trt
+    config = asked.configure(
+        rtx(
+            "sm_120,sm_89",
+            workspace_bytes=1 << 24,
+            optimization_level=1,
+            tensorrt=TensorRTOptions(
+                tactic_bytes=1 << 23,
+                max_tactics=3,
+                tactic_sources=("JIT_CONVOLUTIONS",),
+                tiling="moderate",
+                l2_tiling_bytes=1 << 20,
+                aux_streams=0,
+                profiling="layer_names",
+            ),
+        )
+    )
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 24
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.TACTIC_DRAM) == 1 << 23
+    assert config.builder_optimization_level == 1
+    assert config.max_num_tactics == 3
+    assert config.get_tactic_sources() == 1 << int(trt.TacticSource.JIT_CONVOLUTIONS)
+    assert config.tiling_optimization_level == trt.TilingOptimizationLevel.MODERATE
+    assert config.l2_limit_for_tiling == 1 << 20
+    assert config.max_aux_streams == 0
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.LAYER_NAMES_ONLY
+    assert config.num_compute_capabilities == 2
+    assert config.get_compute_capability(0) == trt.ComputeCapability.SM89
+    assert config.get_compute_capability(1) == trt.ComputeCapability.SM120
+
+
+@needs_rtx
+def test_what_is_not_asked_for_stays_as_the_library_has_it() -> None:
+    untouched, asked = Builder(), Builder()
+    config, plain = asked.configure(rtx()), untouched.config
+    trt = asked.trt
+    assert config.flags == plain.flags
+    assert config.get_tactic_sources() == plain.get_tactic_sources()
+    for pool in (trt.MemoryPoolType.WORKSPACE, trt.MemoryPoolType.TACTIC_DRAM):
+        assert config.get_memory_pool_limit(pool) == plain.get_memory_pool_limit(pool)
+    for name in ("builder_optimization_level", "max_num_tactics", "max_aux_streams"):
+        assert getattr(config, name) == getattr(plain, name)
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        (
+            {"version_compatible": True, "exclude_lean_runtime": True},
+            {"VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"},
+        ),
+        ({"weight_streaming": True}, {"WEIGHT_STREAMING"}),
+        ({"user_allocation": True}, {"REQUIRE_USER_ALLOCATION"}),
+        ({"refit": "any"}, {"REFIT"}),
+        ({"refit": "identical", "strip_weights": True}, {"REFIT_IDENTICAL", "STRIP_PLAN"}),
+    ],
+)
+def test_every_flag_reaches_the_builder(options: dict[str, Any], flags: set[str]) -> None:
+    untouched, asked = Builder(), Builder()
+    config = asked.configure(rtx(tensorrt=TensorRTOptions(**options)))
+    members = asked.trt.BuilderFlag.__members__
+    on = {name for name, flag in members.items() if config.get_flag(flag)}
+    before = {name for name, flag in members.items() if untouched.config.get_flag(flag)}
+    assert on - before == flags
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"version_compatible": True, "exclude_lean_runtime": True},
+        {"weight_streaming": True},
+        {"user_allocation": True},
+        {"tiling": "full", "tactic_sources": (), "profiling": "none"},
+    ],
+)
+def test_engines_that_need_no_card_build(
+    tmp_path: Path, store: Store, options: dict[str, Any]
+) -> None:
+    model = tiny_models.transformer(tmp_path / "m.onnx")
+    engine = build(model, rtx(tensorrt=TensorRTOptions(**options)), store=store)
+    recorded = engine.manifest.build_options["tensorrt"]
+    assert {name: recorded[name] for name in options} == {
+        name: list(value) if isinstance(value, tuple) else value for name, value in options.items()
+    }
+    assert engine.manifest.key != build(model, rtx(), store=store).manifest.key
+
+
+def no_library(*_: Any, **__: Any) -> Any:
+    raise AssertionError("the library was loaded before the options were checked")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"refit": "any"}, "on the card, and no CUDA device is present"),
+        ({"refit": "identical", "strip_weights": True}, "leave refit at 'none'"),
+        ({"version_compatible": True}, "give exclude_lean_runtime=True too"),
+        ({"hardware_compatibility": "ampere_plus"}, "target='sm_86,sm_89'"),
+        ({"plugins": ("layernorm_gelu",)}, "takes no plugins"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_the_build(
+    tmp_path: Path,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr(tensorrt, "device_target", lambda: None)
+    monkeypatch.setattr(TensorRTBackend, "_library", no_library)
+    monkeypatch.setattr(TensorRTBackend, "version", lambda self: "1.7")
+    model = tiny_models.linear(tmp_path / "m.onnx")
+    with pytest.raises(BuildError, match=message):
+        build(model, rtx(tensorrt=TensorRTOptions(**options)), store=store)
+    assert store.entries() == ()
+
+
+def test_tensorrt_promises_nothing_about_allocation() -> None:
+    options = BuildOptions(backend="tensorrt", tensorrt=TensorRTOptions(user_allocation=True))
+    with pytest.raises(BuildError, match="can be captured as they are"):
+        tensorrt_config.refuse("tensorrt", options, "sm_90")
+
+
+@needs_rtx
+@needs_no_gpu
+@pytest.mark.parametrize("flag", ["REFIT", "STRIP_PLAN", "REFIT_IDENTICAL"])
+def test_refittable_engines_need_a_card_as_the_check_says(tmp_path: Path, flag: str) -> None:
+    """The reason for refusing them first: what the builder says does not help anyone."""
+    asked = Builder(tiny_models.transformer(tmp_path / "m.onnx"))
+    config = asked.configure(rtx())
+    config.set_flag(getattr(asked.trt.BuilderFlag, flag))
+    model = OnnxModel.open(tmp_path / "m.onnx")
+    tensorrt_config.add_profiles(asked.builder, asked.network, config, model, rtx(), asked.log)
+    assert asked.builder.build_serialized_network(asked.network, config) is None
+    assert "refittable engines are compiled on the card" in explain(asked.log.messages)
+
+
+@needs_rtx
+def test_settings_that_the_library_does_not_know_are_named() -> None:
+    options = TensorRTOptions(tactic_sources=("CUBLAS",))
+    with pytest.raises(BuildError, match=r"TacticSource\.CUBLAS.*JIT_CONVOLUTIONS"):
+        Builder().configure(rtx(tensorrt=options))
+
+
+@needs_rtx
+def test_a_flag_that_is_dropped_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The library logs an error and leaves the flag out when its companion is not set.
+    monkeypatch.setattr(tensorrt_config, "FLAGS", {"weight_streaming": "EXCLUDE_LEAN_RUNTIME"})
+    with pytest.raises(BuildError, match=r"refuses EXCLUDE_LEAN_RUNTIME: .*kVERSION_COMPATIBLE"):
+        Builder().configure(rtx(tensorrt=TensorRTOptions(weight_streaming=True)))
+
+
+@needs_rtx
+def test_profiles_span_their_ranges(tmp_path: Path) -> None:
     model = tiny_models.two_by_two(tmp_path / "m.onnx")
-    parser = trt.OnnxParser(network, logger)
-    assert parser.parse_from_file(str(model.path))
-    profile = tensorrt._profile(builder, network, model, rtx(batch=ShapeRange(2, 3, 5)))
-    for name in ("a", "b"):
-        shapes = [tuple(shape) for shape in profile.get_shape(name)]
-        assert shapes == [(2, 4), (3, 4), (5, 4)]
+    asked = Builder(model)
+    ranges = (ShapeRange(1, 1, 1), ShapeRange(2, 3, 5), ShapeRange(4, 8, 16))
+    options = rtx(batch=ShapeRange(1, 8, 16), profiles=ranges)
+    seen = []
+
+    class Recording:
+        def create_optimization_profile(self) -> Any:
+            seen.append(asked.builder.create_optimization_profile())
+            return seen[-1]
+
+    tensorrt_config.add_profiles(
+        Recording(), asked.network, asked.config, model, options, asked.log
+    )
+    assert asked.config.num_optimization_profiles == 3
+    for profile, batch in zip(seen, ranges, strict=True):
+        for name in ("a", "b"):
+            shapes = [tuple(shape) for shape in profile.get_shape(name)]
+            assert shapes == [(batch.min, 4), (batch.opt, 4), (batch.max, 4)]
+
+
+@needs_rtx
+def test_an_engine_with_several_profiles(tmp_path: Path, store: Store) -> None:
+    model = tiny_models.transformer(tmp_path / "m.onnx")
+    ranges = (ShapeRange(1, 1, 1), ShapeRange(1, 16, 32))
+    options = rtx(batch=ShapeRange(1, 16, 32), profiles=ranges)
+    engine = build(model, options, store=store)
+    assert engine.manifest.build_options["profiles"] == [r.to_dict() for r in ranges]
+    one = build(model, rtx(batch=ShapeRange(1, 16, 32)), store=store)
+    assert engine.path.stat().st_size > one.path.stat().st_size
 
 
 @needs_rtx
@@ -224,13 +437,13 @@ def test_ctrl_c_stops_the_builder_and_leaves_nothing(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monitors: list[Any] = []
-    make_monitor = tensorrt._make_monitor
+    make_monitor = tensorrt_build.make_monitor
 
     def recorded(*arguments: Any) -> Any:
         monitors.append(make_monitor(*arguments))
         return monitors[-1]
 
-    class Interrupting(tensorrt.Progress):
+    class Interrupting(Progress):
         def step(self, count: int = 1) -> None:
             if not monitors[0].cancelled.is_set():
                 _thread.interrupt_main()  # what Ctrl-C does
@@ -238,7 +451,7 @@ def test_ctrl_c_stops_the_builder_and_leaves_nothing(
                 assert monitors[0].cancelled.wait(30)
             super().step(count)
 
-    monkeypatch.setattr(tensorrt, "_make_monitor", recorded)
+    monkeypatch.setattr(tensorrt_build, "make_monitor", recorded)
     monkeypatch.setattr(tensorrt, "Progress", Interrupting)
     model = tiny_models.transformer(tmp_path / "m.onnx")
     with pytest.raises(KeyboardInterrupt):
@@ -257,7 +470,7 @@ def test_the_bar_reaches_its_end(
 ) -> None:
     seen: list[tuple[str, Any]] = []
 
-    class Recording(tensorrt.Progress):
+    class Recording(Progress):
         def resize(self, total: int) -> None:
             seen.append(("total", total))
 
@@ -309,89 +522,6 @@ def test_log_is_counted_and_led_by_the_advice() -> None:
     assert explain([Message("ERROR", "cudaError 35")]).startswith("no CUDA device")
 
 
-# The runner needs a card. What can be held without one: every name that the code takes from the
-# library exists in the installed bindings, on the class that it is taken from.
-OWNERS = {
-    "trt": (None,),
-    "builder": ("Builder",),
-    "network": ("INetworkDefinition",),
-    "config": ("IBuilderConfig",),
-    "parser": ("OnnxParser",),
-    "error": ("ParserError",),
-    "profile": ("IOptimizationProfile",),
-    "tensor": ("ITensor",),
-    "ours": ("ITimingCache",),
-    "context": ("IExecutionContext",),
-    "_context": ("IExecutionContext",),
-    "_engine": ("ICudaEngine",),
-    "_runtime": ("Runtime",),
-}
-#: In these functions a name of the table means something else.
-ELSEWHERE = {"run", "run_device", "_buffer", "warnings", "explain", "_enqueue:tensor"}
-
-
-def names_used(module: Any) -> set[tuple[str, str]]:
-    """(variable, attribute) pairs that a module takes from objects of the library."""
-    found = set()
-    for function in ast.walk(ast.parse(inspect.getsource(module))):
-        if not isinstance(function, ast.FunctionDef) or function.name in ELSEWHERE:
-            continue
-        for node in ast.walk(function):
-            if not isinstance(node, ast.Attribute):
-                continue
-            owner = node.value
-            name = (
-                owner.id
-                if isinstance(owner, ast.Name)
-                else owner.attr
-                if isinstance(owner, ast.Attribute)
-                else ""
-            )
-            if name in OWNERS and f"{function.name}:{name}" not in ELSEWHERE:
-                found.add((name, node.attr))
-    return found
-
-
-@needs_rtx
-@pytest.mark.parametrize("module", [tensorrt, tensorrt_log, tensorrt_runner])
-def test_every_name_exists_in_the_bindings(module: Any) -> None:
-    trt = _deps.require("tensorrt_rtx", purpose="test")
-    used = names_used(module)
-    assert used, "the walk found nothing: it checks nothing"
-    for variable, attribute in sorted(used):
-        for owner in OWNERS[variable]:
-            holder = trt if owner is None else getattr(trt, owner)
-            assert hasattr(holder, attribute), f"{variable}.{attribute} ({owner})"
-
-
-@needs_rtx
-def test_the_walk_sees_the_calls_that_matter() -> None:
-    used = names_used(tensorrt_runner) | names_used(tensorrt)
-    for pair in (
-        ("context", "execute_async_v3"),
-        ("context", "set_tensor_address"),
-        ("context", "infer_shapes"),
-        ("_runtime", "deserialize_cuda_engine"),
-        ("_engine", "create_execution_context"),
-        ("builder", "build_serialized_network"),
-        ("config", "set_compute_capability"),
-        ("config", "create_timing_cache"),
-        ("ours", "combine"),
-    ):
-        assert pair in used
-
-
-@needs_rtx
-def test_every_type_name_is_known() -> None:
-    import torch
-
-    trt = _deps.require("tensorrt_rtx", purpose="test")
-    for name, numpy in tensorrt_runner._NUMPY_NAMES.items():
-        assert hasattr(trt.DataType, name)
-        assert isinstance(getattr(torch, numpy), torch.dtype)
-        assert tensorrt_runner.numpy_name(getattr(trt.DataType, name)) == numpy
-
-
 @needs_rtx
 def test_timing_cache_entries_merge_and_bad_ones_are_dropped(tmp_path: Path) -> None:
     trt = _deps.require("tensorrt_rtx", purpose="test")
@@ -401,10 +531,10 @@ def test_timing_cache_entries_merge_and_bad_ones_are_dropped(tmp_path: Path) -> 
         # TensorRT-RTX keeps the calls but says that they do nothing; TensorRT uses them.
         warnings.simplefilter("ignore", DeprecationWarning)
         config.set_timing_cache(config.create_timing_cache(b""), False)
-        fresh = tensorrt._merge(config, b"")
+        fresh = tensorrt_build.merge(config, b"")
         assert fresh
-        assert tensorrt._merge(config, fresh) == fresh
-        assert tensorrt._merge(config, b"not a timing cache") == fresh
+        assert tensorrt_build.merge(config, fresh) == fresh
+        assert tensorrt_build.merge(config, b"not a timing cache") == fresh
 
 
 @needs_rtx
@@ -415,19 +545,17 @@ def test_tensorrt_keeps_its_timing_cache(
     monkeypatch.setenv("SN72_CACHE_DIR", str(tmp_path))
     trt = _deps.require("tensorrt_rtx", purpose="test")
     config = trt.Builder(tensorrt_log.make_logger(trt)).create_builder_config()
-    backend = TensorRTBackend("tensorrt")
-    monkeypatch.setattr(TensorRTBackend, "version", lambda self: "11.0")
     file = tmp_path / "timing" / "tensorrt-11.0-sm_90.timing"
     file.parent.mkdir()
     file.write_bytes(stored)
     with warnings.catch_warnings():
         # Both libraries have these calls; TensorRT-RTX says that its own do nothing.
         warnings.simplefilter("ignore", DeprecationWarning)
-        cache = backend._attach_timing_cache(config, "sm_90")
+        cache = tensorrt_build.attach_timing_cache(config, "tensorrt", "11.0", "sm_90")
         assert cache is not None
         assert cache.path == file
         assert config.get_timing_cache() is not None
-        assert cache.update(lambda found: tensorrt._merge(config, found))
+        assert cache.update(lambda found: tensorrt_build.merge(config, found))
         assert cache.read() == bytes(memoryview(config.get_timing_cache().serialize()))
 
 

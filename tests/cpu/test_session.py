@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sn72engine.backends.base import OnDevice, Shareable
 from sn72engine.builder import build
 from sn72engine.engine import Engine
 from sn72engine.errors import EngineCorruptError, EngineMismatchError, InputError, SessionError
@@ -488,7 +490,11 @@ def test_the_runners_are_what_they_claim(session: Session) -> None:
     from sn72engine.backends.tensorrt_runner import TensorRTRunner
 
     assert not isinstance(session._runner, DeviceRunner)
-    # The protocol's one data member is set when an instance is made, so it is added here.
+    # The protocol's one data member belongs to the device, which is absent here.
     made = TensorRTRunner.__new__(TensorRTRunner)
-    made.device = torch.device("cuda", 0)
+    made._device = SimpleNamespace(torch_device=torch.device("cuda", 0))  # type: ignore[assignment]
     assert isinstance(made, DeviceRunner)
+    assert isinstance(made, Shareable)
+    assert isinstance(made, OnDevice)
+    assert isinstance(session._runner, Shareable)
+    assert session.device_memory is None

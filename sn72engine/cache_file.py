@@ -1,9 +1,9 @@
-"""TensorRT's timing cache on disk: what was measured once is not measured again.
+"""Caches that a library fills on disk: what was measured or compiled once is not done again.
 
-One file per library version and architecture, because entries of one mean nothing to another.
-Builders in several processes share it: an update takes a lock, reads what the others added
-meanwhile, merges, and replaces the file in one step, so no entry is lost and no reader ever
-sees half a file.
+TensorRT keeps kernel timings of a build, TensorRT-RTX the kernels that it compiles when an engine
+runs. One file per library version and architecture, because entries of one mean nothing to
+another. Several processes share it: an update takes a lock, reads what the others added meanwhile,
+merges, and replaces the file in one step, so no entry is lost and no reader ever sees half a file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 
@@ -22,24 +23,29 @@ LOCK_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class TimingCache:
-    """The cache file of one library version and architecture."""
+class CacheFile:
+    """One cache file."""
 
     path: Path
 
     @classmethod
-    def of(cls, backend: str, version: str, target: str, root: Path | None = None) -> TimingCache:
-        """The cache for ``backend`` ``version`` on ``target``, under ``root`` or the cache folder.
+    def of(
+        cls,
+        kind: Literal["timing", "runtime"],
+        *identity: str,
+        root: Path | None = None,
+    ) -> CacheFile:
+        """The file of what ``identity`` names, under ``root`` or the cache folder.
 
         Args:
-            backend: name of the backend.
-            version: version of its library.
-            target: architecture, such as ``sm_90``.
-            root: folder to use instead of ``timing`` in the cache folder.
+            kind: ``timing`` of a builder, or ``runtime`` kernels.
+            identity: backend, version of its library, architecture such as ``sm_90``, and what
+                else entries depend on.
+            root: folder to use instead of ``kind`` in the cache folder.
         """
-        folder = root if root is not None else env.cache_dir() / "timing"
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", f"{backend}-{version}-{target}")
-        return cls(folder / f"{name}.timing")
+        folder = root if root is not None else env.cache_dir() / kind
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(identity))
+        return cls(folder / f"{name}.{kind}")
 
     def read(self) -> bytes:
         """The stored entries; empty when there are none or they cannot be read."""
@@ -57,8 +63,8 @@ class TimingCache:
 
         Returns:
             Whether the file was written. False as well when the folder cannot be written or
-            another process holds the lock for too long: a timing cache saves time, and its
-            loss must not fail a build that succeeded.
+            another process holds the lock for too long: a cache saves time, and its loss must not
+            fail work that succeeded.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

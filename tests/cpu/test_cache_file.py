@@ -1,4 +1,4 @@
-"""The timing cache loses no entry, shows no half-written file, and never fails a build."""
+"""A cache file loses no entry, shows no half-written file, and never fails a build."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sn72engine import timing_cache
-from sn72engine.timing_cache import TimingCache
+from sn72engine import cache_file
+from sn72engine.cache_file import CacheFile
 
 
-def add(cache: TimingCache, entry: bytes) -> bool:
+def add(cache: CacheFile, entry: bytes) -> bool:
     return cache.update(lambda stored: b"\n".join(sorted({*stored.split(), entry})))
 
 
-def entries(cache: TimingCache) -> set[bytes]:
+def entries(cache: CacheFile) -> set[bytes]:
     return set(cache.read().split())
 
 
 def add_many(folder: str, who: int) -> None:
-    cache = TimingCache.of("tensorrt", "11.0", "sm_90", Path(folder))
+    cache = CacheFile.of("timing", "tensorrt", "11.0", "sm_90", root=Path(folder))
     for number in range(20):
         assert add(cache, b"%d-%d" % (who, number))
 
 
 def test_reads_what_was_written(tmp_path: Path) -> None:
-    cache = TimingCache.of("tensorrt", "11.0", "sm_90", tmp_path)
+    cache = CacheFile.of("timing", "tensorrt", "11.0", "sm_90", root=tmp_path)
     assert cache.read() == b""
     assert cache.update(lambda stored: stored + b"first")
     assert cache.read() == b"first"
@@ -39,7 +39,7 @@ def test_reads_what_was_written(tmp_path: Path) -> None:
 
 
 def test_an_empty_or_equal_result_leaves_the_file_alone(tmp_path: Path) -> None:
-    cache = TimingCache.of("tensorrt", "11.0", "sm_90", tmp_path)
+    cache = CacheFile.of("timing", "tensorrt", "11.0", "sm_90", root=tmp_path)
     assert not cache.update(lambda stored: b"")
     assert not cache.path.exists()
     cache.update(lambda stored: b"kept")
@@ -57,7 +57,7 @@ def test_version_architecture_and_backend_do_not_mix(tmp_path: Path) -> None:
         ("tensorrt", "11.0", "sm_89"),
         ("tensorrt_rtx", "11.0", "sm_90"),
     ]
-    paths = {TimingCache.of(*identity, tmp_path).path for identity in identities}
+    paths = {CacheFile.of("timing", *identity, root=tmp_path).path for identity in identities}
     assert len(paths) == len(identities)
 
 
@@ -65,14 +65,14 @@ def test_version_architecture_and_backend_do_not_mix(tmp_path: Path) -> None:
 @settings(max_examples=50, deadline=None)
 def test_the_file_stays_inside_its_folder(version: str, target: str) -> None:
     root = Path("/somewhere")
-    path = TimingCache.of("tensorrt", version, target, root).path
+    path = CacheFile.of("timing", "tensorrt", version, target, root=root).path
     assert path.parent == root
     assert ".." not in path.parts
 
 
 def test_default_folder_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SN72_CACHE_DIR", str(tmp_path))
-    assert TimingCache.of("tensorrt", "11.0", "sm_90").path.parent == tmp_path / "timing"
+    assert CacheFile.of("timing", "tensorrt", "11.0", "sm_90").path.parent == tmp_path / "timing"
 
 
 def test_threads_lose_nothing(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_threads_lose_nothing(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    cache = TimingCache.of("tensorrt", "11.0", "sm_90", tmp_path)
+    cache = CacheFile.of("timing", "tensorrt", "11.0", "sm_90", root=tmp_path)
     assert entries(cache) == {b"%d-%d" % (w, n) for w in range(4) for n in range(20)}
 
 
@@ -93,13 +93,13 @@ def test_processes_lose_nothing(tmp_path: Path) -> None:
     for worker in workers:
         worker.join(120)
     assert [worker.exitcode for worker in workers] == [0, 0]
-    cache = TimingCache.of("tensorrt", "11.0", "sm_90", tmp_path)
+    cache = CacheFile.of("timing", "tensorrt", "11.0", "sm_90", root=tmp_path)
     assert entries(cache) == {b"%d-%d" % (w, n) for w in range(2) for n in range(20)}
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_failing_merge_leaves_the_file_and_frees_the_lock(tmp_path: Path) -> None:
-    cache = TimingCache.of("tensorrt", "11.0", "sm_90", tmp_path)
+    cache = CacheFile.of("timing", "tensorrt", "11.0", "sm_90", root=tmp_path)
     cache.update(lambda stored: b"kept")
 
     def fail(stored: bytes) -> bytes:
@@ -116,8 +116,8 @@ def test_a_held_lock_costs_the_update_not_the_build(
 ) -> None:
     from filelock import FileLock
 
-    monkeypatch.setattr(timing_cache, "LOCK_TIMEOUT", 0.05)
-    cache = TimingCache.of("tensorrt", "11.0", "sm_90", tmp_path)
+    monkeypatch.setattr(cache_file, "LOCK_TIMEOUT", 0.05)
+    cache = CacheFile.of("timing", "tensorrt", "11.0", "sm_90", root=tmp_path)
     with FileLock(cache.path.with_name(cache.path.name + ".lock")):
         assert not cache.update(lambda stored: b"lost")
     assert cache.read() == b""
@@ -126,11 +126,11 @@ def test_a_held_lock_costs_the_update_not_the_build(
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_costs_the_update_only(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    assert not add(TimingCache.of("tensorrt", "11.0", "sm_90", tmp_path), b"x")
+    assert not add(CacheFile.of("timing", "tensorrt", "11.0", "sm_90", root=tmp_path), b"x")
 
 
 def test_a_file_in_place_of_the_folder_costs_the_update_only(tmp_path: Path) -> None:
     (tmp_path / "timing").write_text("in the way")
-    cache = TimingCache.of("tensorrt", "11.0", "sm_90", tmp_path / "timing")
+    cache = CacheFile.of("timing", "tensorrt", "11.0", "sm_90", root=tmp_path / "timing")
     assert not add(cache, b"x")
     assert cache.read() == b""
