@@ -446,6 +446,14 @@ def test_a_stage_of_a_group_that_overruns_is_left_behind() -> None:
     assert (counts.asked, counts.late) == (2, 2)
 
 
+def test_an_image_that_cannot_be_read_has_failed_and_is_not_late() -> None:
+    gate = Gate()
+    with Cascade(spec_of(LEFT, RIGHT), {"left": lookup([0.9]), "right": gate}) as cascade:
+        results = cascade([picture(0), UNREADABLE], deadline=0.1)
+        gate.open.set()
+    assert [r.status for r in results] == [Status.DEADLINE, Status.STAGE_FAILED]
+
+
 def test_an_image_is_decoded_once_for_all_stages_of_a_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
