@@ -147,8 +147,9 @@ class LoadedEngine:
         return text
 
     def _check_names(self) -> None:
-        engine = self._engine
-        names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+        names = {
+            self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)
+        }
         declared = {spec.name for spec in (*self.manifest.inputs, *self.manifest.outputs)}
         if names != declared:
             raise SessionError(

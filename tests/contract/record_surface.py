@@ -14,13 +14,14 @@ An installed package is recorded by its name:
 Either writes ``tests/contract/<library>-<version>.json``. The wheel must be for the Python that
 runs this; ``cc`` is needed. Functions are written as lists of overloads, an overload as a list of
 parameters, ``=`` behind those that may be left out; enumerations as the list of their members;
-other attributes as null.
+other attributes as null. Methods that an application overrides are read from the class's own text.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -54,29 +55,44 @@ LEFT_OUT = re.compile(r"I\w+Layer|IPlugin\w*|IAlgorithm\w*|PluginField\w*")
 
 
 def record(library: Any) -> dict[str, Any]:
-    """The surface of an imported bindings module."""
-    names = {
+    """The surface of an imported bindings module, with that of its plugins where it has them."""
+    names = members(library)
+    if importlib.util.find_spec(f"{library.__name__}.plugin"):
+        sys.modules.setdefault("tensorrt", library)  # by which that part imports it
+        names["plugin"] = members(importlib.import_module(f"{library.__name__}.plugin"))
+    return {"version": library.__version__, "names": names}
+
+
+def members(module: Any) -> dict[str, Any]:
+    """Every public name of a module."""
+    return {
         name: describe(value)
-        for name, value in sorted(vars(library).items())
+        for name, value in sorted(vars(module).items())
         if not name.startswith("_") and not inspect.ismodule(value) and not LEFT_OUT.fullmatch(name)
     }
-    return {"version": library.__version__, "names": names}
 
 
 def describe(value: Any) -> Any:
     """A class as a mapping, an enumeration as a list, a function as its overloads, else None."""
-    if hasattr(value, "__members__"):
+    if inspect.isclass(value) and hasattr(value, "__members__"):
         return sorted(value.__members__)
     if inspect.isclass(value):
-        return {
+        own = {
             name: describe(member)
             for name in sorted(dir(value))
             if not name.startswith("_") or name == "__init__"
             for member in [inspect.getattr_static(value, name)]
         }
+        return {**overridden(value), **own}
     if callable(value):
         return overloads(value)
     return None
+
+
+def overridden(kind: Any) -> dict[str, list[list[str]]]:
+    """Methods that subclasses define, which exist in the text of the class only."""
+    shown = re.findall(r"def (\w+)\(self,? *([^)]*)\):", kind.__doc__ or "")
+    return {name: [re.findall(r"\w+", names)] for name, names in shown if name != "__init__"}
 
 
 def overloads(function: Any) -> list[list[str]] | None:
@@ -92,7 +108,8 @@ def overloads(function: Any) -> list[list[str]] | None:
     name = re.escape(getattr(function, "__name__", ""))
     lines = (function.__doc__ or "").splitlines()
     found = [m[1] for line in lines if (m := re.match(rf"(?:\d+\. )?{name}(\(.*\)) ->", line))]
-    return [_parameters(text) for text in found if "*args, **kwargs" not in text] or None
+    different = dict.fromkeys(tuple(_parameters(text)) for text in found if "*args" not in text)
+    return [list(parameters) for parameters in different] or None
 
 
 def _parameters(signature: str) -> list[str]:
@@ -141,7 +158,8 @@ def record_wheel(wheel: Path) -> dict[str, Any]:
             check=True,
             stdout=subprocess.PIPE,
         )
-    surface: dict[str, Any] = json.loads(done.stdout)
+    # The bindings print a line of their own when their plugins find no registry.
+    surface: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return surface
 
 
