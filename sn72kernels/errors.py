@@ -30,6 +30,10 @@ class DeviceError(ArgumentError):
     """Tensors of one call live on different devices."""
 
 
+class GradientError(ArgumentError):
+    """A gradient is wanted of an op that has no backward."""
+
+
 class PatchError(KernelError):
     """A patched model does not compute what it did before."""
 
@@ -86,6 +90,28 @@ def check_tensor(
             f"Invalid device of {name}: expected {device}, got {tensor.device}; "
             f'move it with {name}.to("{device}").'
         )
+
+
+def check_no_gradient(op: str, **tensors: torch.Tensor | None) -> None:
+    """Refuse tensors that want a gradient from an op that has none, rather than drop it unsaid.
+
+    Args:
+        op: its public name.
+        tensors: the tensor arguments by name.
+
+    Raises:
+        GradientError: gradients are being recorded and one of the tensors requires one.
+    """
+    import torch
+
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise GradientError(
+                f"{op} has no backward, and {name} requires a gradient; call it under "
+                f"torch.no_grad(), or give {name}.detach()"
+            )
 
 
 def _fits(tensor: torch.Tensor, shape: Sequence[int | None]) -> bool:

@@ -19,6 +19,11 @@ def check_rows(name: str, x: torch.Tensor) -> None:
         )
 
 
+def as_vector(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A parameter of shape (N,) with its elements side by side, as kernels read it; None stays."""
+    return None if x is None else x.contiguous()
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """``x`` of shape (..., N) as (rows, N) with contiguous columns.
 

@@ -72,16 +72,20 @@ def _store(
 
 @triton.jit
 def attention(
-    q, k, v, out, heads, tokens, keys, scale,
+    q, k, v, out, heads, blocks, tokens, keys, scale,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     o_batch, o_head, o_token,
     DEPTH: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """QUERIES queries of one head; ``scale`` includes log2(e), since powers of two are cheap."""
-    start = tl.program_id(0) * QUERIES
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
+    """QUERIES queries of one head; ``scale`` includes log2(e), since powers of two are cheap.
+
+    All programs are on the grid's first axis, as the others end at 65535; neighbours share a head.
+    """
+    start = tl.program_id(0) % blocks * QUERIES
+    which = tl.program_id(0) // blocks
+    batch = (which // heads).to(tl.int64)
+    head = (which % heads).to(tl.int64)
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head

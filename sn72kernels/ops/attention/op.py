@@ -12,7 +12,7 @@ import torch
 
 from sn72kernels import device as devices
 from sn72kernels import library, tuning
-from sn72kernels.errors import ArgumentError, ShapeError, check_tensor
+from sn72kernels.errors import ArgumentError, ShapeError, check_no_gradient, check_tensor
 from sn72kernels.ops.attention import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -37,7 +37,8 @@ def attention(
     ``"auto"`` takes, for float16 and bfloat16, flash-attn where it is installed, else the Triton
     kernel for heads up to 128; for all else ``scaled_dot_product_attention``.
     ``sn72kernels.explain("attention", q, k, v)`` says which runs and why. Sums and the softmax
-    are float32. Not differentiable.
+    are float32. Where a gradient is wanted, ``"auto"`` runs SDPA, which PyTorch differentiates;
+    the other kernels here have no backward.
 
     Args:
         q: shape (B, H, T, D); any strides; float32, float16, bfloat16 or float64.
@@ -53,13 +54,15 @@ def attention(
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
         ArgumentError: no such ``implementation``, or it cannot run these arguments here.
+        GradientError: a gradient is wanted of an ``implementation`` that has none.
     """
     _check(q, k, v)
-    chosen = _choice(q, k, v, implementation)
-    if implementation not in ("auto", chosen.implementation):
-        raise ArgumentError(f"implementation={implementation!r} cannot run here: {chosen.reason}")
+    _check_known(implementation)
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    out: torch.Tensor = _attention(q.detach(), k.detach(), v.detach(), factor, implementation)
+    if implementation in ("auto", "sdpa") and _wants_gradient(q, k, v):
+        return reference.attention(q, k, v, factor, "sdpa")
+    check_no_gradient(f"attention(implementation={implementation!r})", q=q, k=k, v=v)
+    out: torch.Tensor = _attention(q, k, v, factor, implementation)
     return out
 
 
@@ -73,6 +76,8 @@ def explain(
 ) -> library.Choice:
     """Which implementation a call with these arguments would run, and why."""
     choice = _choice(q, k, v, implementation)
+    if implementation in ("auto", "sdpa") and _wants_gradient(q, k, v):
+        return library.Choice(choice.op, "sdpa", "a gradient is wanted, and the kernels have none")
     if choice.implementation != "triton":
         return choice
     config = SCORES.explain(q.device, q.shape[3], q.element_size())
@@ -82,10 +87,8 @@ def explain(
 def _choice(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, implementation: str
 ) -> library.Choice:
-    """:func:`explain` without the configuration, which a call that is traced must not look up."""
-    known = get_args(Implementation)
-    if implementation not in known:
-        raise ArgumentError(f"implementation is {implementation!r}; give one of {', '.join(known)}")
+    """What runs where no gradient is wanted, without the configuration."""
+    _check_known(implementation)
     choice = library.choose(ATTENTION, q.device, q, k, v, 1.0, implementation)
     if choice.implementation == "reference":
         return library.Choice(choice.op, "sdpa", choice.reason)
@@ -166,9 +169,28 @@ def launch_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, implementation: str
 ) -> torch.Tensor:
     """CUDA counterpart of :func:`reference.attention`: flash-attn, or Triton."""
-    if _kernel(q, implementation)[0] == "flash_attn":
+    kernel, reason = _kernel(q, implementation)
+    if implementation not in ("auto", kernel):
+        raise _cannot(implementation, reason)
+    if kernel == "flash_attn":
         return _flash(q, k, v, scale)
     return launch_triton(q, k, v, scale)
+
+
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, implementation: str
+) -> torch.Tensor:
+    """:func:`reference.attention`, which must not stand in for what was insisted on.
+
+    Checked here, inside the operator, since the choice asks for what a tracer cannot follow.
+    """
+    if implementation not in ("auto", "sdpa"):
+        raise _cannot(implementation, _choice(q, k, v, implementation).reason)
+    return reference.attention(q, k, v, scale, implementation)
+
+
+def _cannot(implementation: str, reason: str) -> ArgumentError:
+    return ArgumentError(f"implementation={implementation!r} cannot run here: {reason}")
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -189,9 +211,10 @@ def launch_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
         return out
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     config = SCORES.config(q.device, depth, q.element_size())
+    blocks = -(-tokens // config.queries)
     library.launch(
-        kernel.attention, (-(-tokens // config.queries), batch * heads),
-        q, k, v, out, heads, tokens, k.shape[2], scale * math.log2(math.e),
+        kernel.attention, (blocks * batch * heads,),
+        q, k, v, out, heads, blocks, tokens, k.shape[2], scale * math.log2(math.e),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         DEPTH=depth, COLS=config.cols, REST=config.rest,
         QUERIES=config.queries, KEYS=config.keys,
@@ -226,7 +249,7 @@ def _unsupported(*args: Any) -> str | None:
 ATTENTION = library.OpSpec(
     name="attention",
     schema="(Tensor q, Tensor k, Tensor v, float scale, str implementation) -> Tensor",
-    reference=reference.attention,
+    reference=_sdpa,
     launch=launch_attention,
     fake=_fake_attention,
     unsupported=_unsupported,
@@ -235,6 +258,16 @@ _attention = library.register(ATTENTION)
 
 
 # --- checks --------------------------------------------------------------------------------
+
+
+def _wants_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _check_known(implementation: str) -> None:
+    known = get_args(Implementation)
+    if implementation not in known:
+        raise ArgumentError(f"implementation is {implementation!r}; give one of {', '.join(known)}")
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

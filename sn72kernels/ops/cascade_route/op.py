@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sn72kernels import library, tuning
-from sn72kernels.errors import ArgumentError, check_tensor
+from sn72kernels.errors import ArgumentError, check_no_gradient, check_tensor
 from sn72kernels.ops.cascade_route import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -63,7 +63,8 @@ def cascade_route(
     ``p < low`` leaves negative, ``p > high`` leaves positive, and everything else escalates:
     ties, NaN, infinities, values outside [0, 1], ``low > high`` and NaN thresholds. Comparisons
     are float32 and every implementation gives the same bits, the sigmoid included. Nothing
-    waits for the device, and on CUDA the call can be captured in a graph.
+    waits for the device, and on CUDA the call can be captured in a graph. For inference only: it
+    has no backward.
 
     Args:
         scores: shape (n,), any stride, float32, float16 or bfloat16; n <= 2^24.
@@ -76,11 +77,13 @@ def cascade_route(
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
         ArgumentError: ``buckets`` is not usable, or the batch is too large.
+        GradientError: a tensor requires a gradient, and gradients are being recorded.
     """
     check_tensor("scores", scores, shape=(None,), dtype=DTYPES)
     sizes = _check_buckets(buckets, scores.shape[0])
-    lows, highs, bottom, top = thresholds(scores, low, high)
-    return Routing(*_route(scores.detach(), lows, highs, bottom, top, from_logits, sizes))
+    check_no_gradient("cascade_route", scores=scores)
+    lows, highs, bottom, top = thresholds("cascade_route", scores, low, high)
+    return Routing(*_route(scores, lows, highs, bottom, top, from_logits, sizes))
 
 
 def explain(scores: torch.Tensor, *args: Any, **kwargs: Any) -> library.Choice:
@@ -199,29 +202,37 @@ _route = library.register(ROUTE)
 
 
 def thresholds(
-    scores: torch.Tensor, low: float | torch.Tensor, high: float | torch.Tensor
+    op: str, scores: torch.Tensor, low: float | torch.Tensor, high: float | torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, float, float]:
     """Both thresholds as tensors of shape (n,) where one is a tensor, else both as numbers.
 
     Args:
+        op: public name of the op that asks.
         scores: shape (n,); gives shape and device.
         low: a number, or a float32 tensor of shape (n,) or ().
         high: likewise.
 
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor does not fit ``scores``.
+        GradientError: a tensor requires a gradient.
     """
     if not isinstance(low, torch.Tensor) and not isinstance(high, torch.Tensor):
         return None, None, float(low), float(high)
-    return _per_sample("low", low, scores), _per_sample("high", high, scores), 0.0, 0.0
+    lows, highs = (
+        _per_sample(op, name, value, scores) for name, value in (("low", low), ("high", high))
+    )
+    return lows, highs, 0.0, 0.0
 
 
-def _per_sample(name: str, value: float | torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+def _per_sample(
+    op: str, name: str, value: float | torch.Tensor, scores: torch.Tensor
+) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         return torch.full((), float(value), device=scores.device).expand(scores.shape)
     shape = () if value.dim() == 0 else scores.shape
     check_tensor(name, value, shape=shape, dtype=torch.float32, device=scores.device)
-    return value.detach().expand(scores.shape)
+    check_no_gradient(op, **{name: value})
+    return value.expand(scores.shape)
 
 
 def _check_buckets(buckets: Sequence[int], n: int) -> list[int]:

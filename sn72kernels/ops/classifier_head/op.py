@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from sn72kernels import library, tuning
-from sn72kernels.errors import ArgumentError, check_tensor
+from sn72kernels.errors import ArgumentError, check_no_gradient, check_tensor
 from sn72kernels.ops.cascade_route.op import thresholds
 from sn72kernels.ops.classifier_head import reference
-from sn72kernels.ops.layout import as_rows, check_rows
+from sn72kernels.ops.layout import as_rows, as_vector, check_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Above, the first layer is a matrix product worth a tuned library, and launches no longer count.
@@ -55,8 +55,8 @@ def classifier_head(
 
     Two launches for up to 256 samples; above that, PyTorch ops. Given the logits, probabilities
     and routes are the same bits on every device, by the rules of
-    :func:`sn72kernels.cascade_route`; the logits themselves carry the rounding of their sums. Not
-    differentiable.
+    :func:`sn72kernels.cascade_route`; the logits themselves carry the rounding of their sums.
+    For inference only: it has no backward.
 
     Args:
         features: shape (n, D); float32, float16, bfloat16 or float64.
@@ -76,6 +76,7 @@ def classifier_head(
         ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
         ArgumentError: ``approximate`` or ``eps`` is not usable, or ``norm_weight`` or
             ``norm_bias`` is given without ``norm``.
+        GradientError: a tensor requires a gradient, and gradients are being recorded.
     """
     _check(features, w1, b1, norm, norm_weight, norm_bias, eps, approximate)
     device, units = features.device, w1.shape[0]
@@ -84,13 +85,16 @@ def classifier_head(
     if b2 is not None:
         shape = () if b2.dim() == 0 else (1,)
         check_tensor("b2", b2, shape=shape, dtype=DTYPES, device=device)
-        b2 = b2.detach().reshape(())
-    lows, highs, bottom, top = thresholds(features[:, 0], low, high)
-    vectors = [None if t is None else t.detach() for t in (norm_weight, norm_bias, w1, b1)]
+    check_no_gradient(
+        "classifier_head", features=features, w1=w1, b1=b1, w2=w2, b2=b2,
+        norm_weight=norm_weight, norm_bias=norm_bias,
+    )  # fmt: skip
+    lows, highs, bottom, top = thresholds("classifier_head", features[:, 0], low, high)
+    last = None if b2 is None else b2.reshape(())
     return Decision(
         *_head(
-            features.detach(), *vectors, w2.detach().reshape(units), b2, lows, highs, bottom, top,
-            norm, eps, approximate == "tanh",
+            features, norm_weight, norm_bias, w1, b1, w2.reshape(units), last, lows, highs,
+            bottom, top, norm, eps, approximate == "tanh",
         )
     )  # fmt: skip
 
@@ -163,17 +167,19 @@ def launch_head(
     if rows == 0:
         return logits, probability, routes
     flat, weight = as_rows(x), as_rows(w1)
+    norm_weight, norm_bias, b1 = as_vector(norm_weight), as_vector(norm_bias), as_vector(b1)
     config = HEAD_TILE.config(x.device, depth, x.element_size())
     parts = -(-units // config.units)
     partial = torch.empty((rows, parts), dtype=torch.float32, device=x.device)
-    library.launch(
-        kernel.hidden, (-(-rows // config.rows), parts),
-        flat, norm_weight, norm_bias, weight, b1, w2, partial,
-        rows, depth, units, flat.stride(0), weight.stride(0), eps,
-        NORM=norm, HAS_NORM_WEIGHT=norm_weight is not None, HAS_NORM_BIAS=norm_bias is not None,
-        HAS_B1=b1 is not None, TANH=tanh,
-        ROWS=config.rows, UNITS=config.units, DEPTH=config.depth, num_warps=config.warps,
-    )  # fmt: skip
+    if parts:
+        library.launch(
+            kernel.hidden, (-(-rows // config.rows), parts),
+            flat, norm_weight, norm_bias, weight, b1, w2.contiguous(), partial,
+            rows, depth, units, flat.stride(0), weight.stride(0), eps,
+            NORM=norm, HAS_NORM_WEIGHT=norm_weight is not None,
+            HAS_NORM_BIAS=norm_bias is not None, HAS_B1=b1 is not None, TANH=tanh,
+            ROWS=config.rows, UNITS=config.units, DEPTH=config.depth, num_warps=config.warps,
+        )  # fmt: skip
     library.launch(
         kernel.finish, (-(-rows // config.rows),),
         partial, b2, lows, highs, low, high, logits, probability, routes, rows, parts,

@@ -23,7 +23,7 @@ def vote(
     MODELS: tl.constexpr, FROM_LOGITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK samples; the first MODELS score pointers are used."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     top = tl.zeros((BLOCK,), tl.float32)
     bottom = tl.zeros((BLOCK,), tl.float32)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sn72kernels import library, tuning
-from sn72kernels.errors import ArgumentError, check_tensor
+from sn72kernels.errors import ArgumentError, check_no_gradient, check_tensor
 from sn72kernels.ops.ensemble_vote import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,7 +26,8 @@ def ensemble_vote(
 
     A model abstains on a sample by a score that is NaN, infinite or outside [0, 1]. Where all
     abstain the vote is NaN, which :func:`sn72kernels.cascade_route` escalates. A weight that is
-    not positive and finite takes its model out. Every implementation gives the same bits.
+    not positive and finite takes its model out. Every implementation gives the same bits. For
+    inference only: it has no backward.
 
     Args:
         scores: one tensor of shape (n,) per model, 1 to 8 models, float32, float16 or bfloat16,
@@ -41,6 +42,7 @@ def ensemble_vote(
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
         ArgumentError: no models or more than 8, or a weight that is negative or not finite.
+        GradientError: a tensor requires a gradient, and gradients are being recorded.
     """
     columns = _columns(scores)
     return _vote(columns, _weights(weights, columns), from_logits)  # type: ignore[no-any-return]
@@ -123,7 +125,8 @@ def _columns(scores: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor
         name = f"scores[{place}]"
         check_tensor(name, column, shape=(None,), dtype=DTYPES)
         check_tensor(name, column, shape=columns[0].shape, device=columns[0].device)
-    return [column.detach() for column in columns]
+        check_no_gradient("ensemble_vote", **{name: column})
+    return columns
 
 
 def _weights(
@@ -132,7 +135,8 @@ def _weights(
     device = columns[0].device
     if isinstance(weights, torch.Tensor):
         check_tensor("weights", weights, shape=(len(columns),), dtype=torch.float32, device=device)
-        return weights.detach().contiguous()
+        check_no_gradient("ensemble_vote", weights=weights)
+        return weights.contiguous()
     if len(weights) != len(columns):
         raise ArgumentError(f"there are {len(weights)} weights for {len(columns)} models")
     if any(not (math.isfinite(w) and w >= 0.0) for w in weights):

@@ -9,7 +9,7 @@ import torch
 from sn72kernels import library, tuning
 from sn72kernels.errors import ArgumentError, check_tensor
 from sn72kernels.ops.layernorm_gelu import reference
-from sn72kernels.ops.layout import as_rows, check_rows
+from sn72kernels.ops.layout import as_rows, as_vector, check_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -133,6 +133,7 @@ def launch_forward(
     if rows == 0:
         return out, total, stats
     other = None if residual is None else as_rows(residual)
+    weight, bias = as_vector(weight), as_vector(bias)
     config = FORWARD_TILE.config(x.device, cols, x.element_size())
     arguments = (
         flat, other, weight, bias, out, total, stats,
@@ -168,8 +169,9 @@ def launch_backward(
     """Triton counterpart of :func:`reference.backward`, same arguments and results."""
     from sn72kernels.ops.layernorm_gelu import kernel
 
-    flat, up = as_rows(total), as_rows(grad)
+    flat, up, stats = as_rows(total), as_rows(grad), stats.contiguous()
     up_total = None if grad_total is None else as_rows(grad_total)
+    weight, bias = as_vector(weight), as_vector(bias)
     rows, cols = flat.shape
     config = BACKWARD_TILE.config(total.device, cols)
     # Enough programs to fill the device twice, few enough that their partial sums stay small.

@@ -20,8 +20,10 @@ def linear(
     DECODE turns fp8 codes, given as bytes, into float16, which holds each exactly: for
     architectures without fp8 instructions.
     """
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    # One axis of the grid, as the others end at 65535; neighbours share rows.
+    across = tl.cdiv(units, UNITS)
+    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
+    unit = tl.program_id(0) % across * UNITS + tl.arange(0, UNITS)
     inside_row, inside_unit = row < rows, unit < units
     x_start = row.to(tl.int64)[:, None] * x_stride
     w_start = unit.to(tl.int64)[:, None] * w_stride

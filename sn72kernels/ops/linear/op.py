@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -9,13 +10,16 @@ import torch
 
 from sn72kernels import device as devices
 from sn72kernels import library, tuning
-from sn72kernels.errors import ArgumentError, check_tensor
-from sn72kernels.ops.layout import as_rows, check_rows
+from sn72kernels.errors import ArgumentError, check_no_gradient, check_tensor
+from sn72kernels.ops.layout import as_rows, as_vector, check_rows
 from sn72kernels.ops.linear import reference
 
 CODES = (torch.int8, torch.float8_e4m3fn)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8_ARCH = 89  # the first with fp8 matrix instructions
+MOST_INT8 = (
+    2**31 - 1
+) // 128**2  # codes to a row whose products fit a 32-bit sum, whatever they are
 
 Activation = Literal["none", "gelu", "gelu_tanh"]
 
@@ -33,7 +37,7 @@ def linear(
     """``activation((x w^T) * x_scale * w_scale + bias)`` on codes of :func:`sn72kernels.quantize`.
 
     Codes quantised per tensor or per token fit: a token of ``x`` is a row, and of ``w`` an output.
-    int8 adds up exactly; fp8 in float32. Not differentiable.
+    int8 adds up exactly; fp8 in float32. For inference only: it has no backward.
 
     Args:
         x: shape (..., K), int8 or float8_e4m3fn.
@@ -50,6 +54,7 @@ def linear(
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
         ArgumentError: another ``activation`` or ``dtype``.
+        GradientError: a tensor requires a gradient, and gradients are being recorded.
     """
     check_tensor("x", x, dtype=CODES)
     check_rows("x", x)
@@ -61,25 +66,26 @@ def linear(
     check_tensor("w_scale", w_scale, shape=shape, dtype=torch.float32, device=device)
     if bias is not None:
         check_tensor("bias", bias, shape=(units,), dtype=DTYPES, device=device)
-        bias = bias.detach()
     if activation not in get_args(Activation):
         raise ArgumentError(
             f"activation is {activation!r}; give one of {', '.join(get_args(Activation))}"
         )
     if dtype not in DTYPES:
         raise ArgumentError(f"dtype is {dtype}; give one of {', '.join(map(str, DTYPES))}")
-    scale = x_scale.detach().reshape(-1) if x_scale.dim() else x_scale.detach()
-    out: torch.Tensor = _linear(as_rows(x), scale, w, w_scale.detach(), bias, activation, dtype)
+    check_no_gradient("linear", x_scale=x_scale, w_scale=w_scale, bias=bias)
+    scale = x_scale.reshape(-1) if x_scale.dim() else x_scale
+    out: torch.Tensor = _linear(as_rows(x), scale, w, w_scale, bias, activation, dtype)
     return out.reshape(*x.shape[:-1], units)
 
 
-def explain(x: torch.Tensor, *_: Any, **__: Any) -> library.Choice:
+def explain(
+    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, *_: Any, **__: Any
+) -> library.Choice:
     """Which implementation a call with these arguments would run, and why."""
     choice = library.choose(LINEAR, x.device, x)
     if choice.implementation == "reference":
         return choice
-    decode = x.dtype != torch.int8 and devices.arch(x.device) < FP8_ARCH
-    config = PRODUCT.explain(x.device, tuning.power_of_two(x.numel() // x.shape[-1]), decode)
+    config = PRODUCT.explain(x.device, *_key(x.numel() // x.shape[-1], w))
     return library.Choice(choice.op, choice.implementation, choice.reason, config)
 
 
@@ -105,27 +111,40 @@ class LinearConfig:
     stages: int
 
 
-def linear_config(rows: int, decode: bool = False) -> LinearConfig:
-    """Configuration for ``rows`` rows; ``decode`` where codes become float16 in registers.
+def linear_config(rows: int, units: int, depth: int, codes: str) -> LinearConfig:
+    """Configuration for ``rows`` rows, whatever the layer's size.
 
     Few rows are a matter of reading the weights: small blocks spread them over many programs,
     each with several loads in flight.
+
+    Args:
+        rows: rows of ``x``.
+        units: outputs.
+        depth: inputs.
+        codes: ``"int8"``, ``"fp8"``, or ``"decoded"``: fp8 that becomes float16 in registers.
     """
     if rows <= 16:
         return LinearConfig(16, 32, 128, 4, 4)
     if rows <= 64:
         return LinearConfig(64, 32, 128, 4, 4)
-    if decode:
+    if codes == "decoded":
         return LinearConfig(64, 64, 128, 8, 3)
     return LinearConfig(128, 64, 128, 8, 3)
 
 
-# Looked up by the next power of two of the rows: the rule, too, has no finer steps.
+# Looked up by the next power of two of the rows, since batches vary; by the layer's exact size.
 PRODUCT = tuning.Tunable(
     "linear.product",
     linear_config,
     {"rows": (16, 64, 128), "units": (32, 64, 128), "warps": (4, 8), "stages": (2, 3, 4)},
 )
+
+
+def _key(rows: int, w: torch.Tensor) -> tuple[int, int, int, str]:
+    """What :data:`PRODUCT` is looked up by, for ``rows`` rows and weights ``w``."""
+    decode = devices.arch(w.device) < FP8_ARCH
+    codes = "int8" if w.dtype == torch.int8 else "decoded" if decode else "fp8"
+    return tuning.power_of_two(rows), *w.shape, codes
 
 
 def launch_linear(
@@ -144,18 +163,18 @@ def launch_linear(
     out = torch.empty((rows, units), dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out
-    flat, weight = as_rows(x), as_rows(w)
-    integer = x.dtype == torch.int8
-    decode = not integer and devices.arch(x.device) < FP8_ARCH
-    if decode:
+    flat, weight, bias = as_rows(x), as_rows(w), as_vector(bias)
+    key = _key(rows, w)
+    codes = key[-1]
+    if codes == "decoded":
         flat, weight = flat.view(torch.uint8), weight.view(torch.uint8)
-    config = PRODUCT.config(x.device, tuning.power_of_two(rows), decode)
+    config = PRODUCT.config(x.device, *key)
     library.launch(
-        kernel.linear, (-(-units // config.units), -(-rows // config.rows)),
+        kernel.linear, (-(-units // config.units) * -(-rows // config.rows),),
         flat, x_scale.contiguous(), weight, w_scale.contiguous(), bias, out, rows, units, depth,
         flat.stride(0), weight.stride(0),
         PER_ROW=x_scale.dim() == 1, PER_UNIT=w_scale.dim() == 1, HAS_BIAS=bias is not None,
-        ACTIVATION=activation, INTEGER=integer, DECODE=decode,
+        ACTIVATION=activation, INTEGER=codes == "int8", DECODE=codes == "decoded",
         ROWS=config.rows, UNITS=config.units, DEPTH=config.depth,
         # A fused multiply-add of scale and bias would round once where the definition does twice.
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
@@ -178,6 +197,13 @@ def _fake_linear(
     return x.new_empty((x.shape[0], w.shape[0]), dtype=dtype)
 
 
+def _unsupported(*args: Any) -> str | None:
+    x = args[0]
+    if x.dtype == torch.int8 and x.shape[-1] > MOST_INT8:
+        return f"a sum of {x.shape[-1]} products of int8 may not fit 32 bits"
+    return None
+
+
 LINEAR = library.OpSpec(
     name="linear",
     schema=(
@@ -187,6 +213,7 @@ LINEAR = library.OpSpec(
     reference=reference.linear,
     launch=launch_linear,
     fake=_fake_linear,
+    unsupported=_unsupported,
 )
 _linear = library.register(LINEAR)
 
@@ -210,22 +237,21 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     }
 
 
+# Outputs and inputs of the layers that are measured: the MLPs of ViT-B and ViT-L.
+LAYERS = ((3072, 768), (768, 3072), (4096, 1024), (1024, 4096))
+
+
 def tuning_cases(device: torch.device, rows: int = 1024) -> list[tuning.Case]:
     """Calls to measure the configurations with."""
 
+    counts = [n for n in (1, 4, 16, 64, 256, 1024) if n <= rows]
     cases = []
-    depth = units = 1024
-    count = 1
-    while count <= rows:
-        for dtype in CODES:
-            x, w = (
-                torch.randint(-99, 100, (n, depth), device=device).to(dtype) for n in (count, units)
-            )
-            scale, w_scale, bias = (torch.rand(n, device=device) for n in (count, units, units))
-            args = (x, scale / 1e4, w, w_scale, bias, "gelu", torch.float16)
-            decode = dtype != torch.int8 and devices.arch(device) < FP8_ARCH
-            cases.append(
-                tuning.Case(PRODUCT, (count, decode), launch_linear, reference.linear, args)
-            )
-        count *= 4
+    for count, (units, depth), dtype in itertools.product(counts, LAYERS, CODES):
+        x, w = (
+            torch.randint(-99, 100, (n, depth), device=device).to(dtype) for n in (count, units)
+        )
+        scale, w_scale, bias = (torch.rand(n, device=device) for n in (count, units, units))
+        args = (x, scale / 1e4, w, w_scale, bias, "gelu", torch.float16)
+        key = _key(count, w)
+        cases.append(tuning.Case(PRODUCT, key, launch_linear, reference.linear, args))
     return cases

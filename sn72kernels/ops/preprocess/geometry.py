@@ -42,6 +42,18 @@ class Geometry:
     left: int = 0
 
 
+def check_fit(fit: str, crop_fraction: float) -> None:
+    """Check what the caller says of the fit.
+
+    Raises:
+        ArgumentError: another ``fit``, or a ``crop_fraction`` outside (0, 1].
+    """
+    if fit not in ("center_crop", "squash", "pad"):
+        raise ArgumentError(f"fit is {fit!r}; give 'center_crop', 'squash' or 'pad'")
+    if not 0.0 < crop_fraction <= 1.0:
+        raise ArgumentError(f"crop_fraction is {crop_fraction}; give a number in (0, 1]")
+
+
 def place(
     source: tuple[int, int], size: tuple[int, int], fit: str, crop_fraction: float
 ) -> Geometry:
@@ -50,13 +62,10 @@ def place(
     Args:
         source: height and width of the image.
         size: height and width of the output.
-        fit: ``"center_crop"``: the centred box with the output's aspect ratio and
-            ``crop_fraction`` of the largest such box; ``"squash"``: the whole image; ``"pad"``:
-            the whole image, scaled to lie inside the output, centred.
-        crop_fraction: in (0, 1].
-
-    Raises:
-        ArgumentError: another ``fit`` or ``crop_fraction``.
+        fit: as :func:`check_fit` takes it. ``"center_crop"``: the centred box with the output's
+            aspect ratio and ``crop_fraction`` of the largest such box; ``"squash"``: the whole
+            image; ``"pad"``: the whole image, scaled to lie inside the output, centred.
+        crop_fraction: likewise.
     """
     (h, w), (height, width) = source, size
     if fit == "squash":
@@ -66,10 +75,6 @@ def place(
         inner = min(max(round(h * scale), 1), height), min(max(round(w * scale), 1), width)
         top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
         return Geometry((0.0, 0.0, float(w), float(h)), *inner, top, left)
-    if fit != "center_crop":
-        raise ArgumentError(f"fit is {fit!r}; give 'center_crop', 'squash' or 'pad'")
-    if not 0.0 < crop_fraction <= 1.0:
-        raise ArgumentError(f"crop_fraction is {crop_fraction}; give a number in (0, 1]")
     scale = crop_fraction * min(h / height, w / width)
     # Rounding may make a cut of 0 slightly negative, which would leave the image.
     across, down = max((w - width * scale) / 2, 0.0), max((h - height * scale) / 2, 0.0)
@@ -95,10 +100,40 @@ FILTERS: dict[str, tuple[Callable[[Doubles], Doubles], float]] = {
 }
 
 
-def _compute(
+@dataclass(frozen=True, eq=False, slots=True)
+class Taps:
+    """Where the pixels of one axis come from; on the device of the images.
+
+    Attributes:
+        first: int32 (size,), first source pixel of every output pixel.
+        weights: int32 (size, most taps), fixed point, zero past an output pixel's own taps.
+    """
+
+    first: torch.Tensor
+    weights: torch.Tensor
+
+
+def taps(images: torch.Tensor, where: Geometry, interpolation: str) -> tuple[Taps, Taps]:
+    """Taps of the columns and of the rows, computed once for each geometry and device.
+
+    Args:
+        images: shape (N, h, w, 3).
+        where: crop and resize.
+        interpolation: a key of :data:`FILTERS`.
+    """
+    _, h, w, _ = images.shape
+    left, top, right, bottom = where.box
+    return (
+        axis_taps(w, left, right, where.width, interpolation, images.device),
+        axis_taps(h, top, bottom, where.height, interpolation, images.device),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def axis_taps(
     source: int, begin: float, end: float, size: int, interpolation: str, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """First source pixel and fixed-point weights of every output pixel along one axis.
+) -> Taps:
+    """Taps along one axis, remembered for the next image of this geometry.
 
     Args:
         source: pixels of the image.
@@ -106,10 +141,7 @@ def _compute(
         end: where it ends.
         size: pixels of the output.
         interpolation: a key of :data:`FILTERS`.
-        device: where the result goes; kept there for the next image of this geometry.
-
-    Returns:
-        int32 (size,); int32 (size, most taps), zero past an output pixel's own taps.
+        device: where the result goes.
     """
     function, support = FILTERS[interpolation]
     # Pillow keeps the box, and its length, in float32.
@@ -131,19 +163,7 @@ def _compute(
         total += weights[:, column]
     weights = np.where((total != 0.0)[:, None], weights / total[:, None], weights)
     fixed = np.trunc(weights * (1 << PRECISION) + np.where(weights < 0.0, -0.5, 0.5))
-    return (
+    return Taps(
         torch.from_numpy(first.astype(np.int32)).to(device),
         torch.from_numpy(fixed.astype(np.int32)).to(device),
     )
-
-
-_remembered = functools.lru_cache(maxsize=256)(_compute)
-
-
-def taps(
-    source: int, begin: float, end: float, size: int, interpolation: str, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`_compute`, remembered; not while tracing, whose tensors hold no numbers."""
-    if torch.compiler.is_compiling():
-        return _compute(source, begin, end, size, interpolation, device)
-    return _remembered(source, begin, end, size, interpolation, device)

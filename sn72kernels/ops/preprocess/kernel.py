@@ -12,17 +12,23 @@ import triton.language as tl
 
 @triton.jit
 def preprocess(
-    images, x_first, x_weights, y_first, y_weights, scale, bias, out,
+    images, x_first, x_weights, y_first, y_weights, out,
+    scale0, scale1, scale2, bias0, bias1, bias2,
     source_height, source_width, height, width, out_height, out_width, top, left,
     image_stride, row_stride, pixel_stride, channel_stride,
     X_TAPS: tl.constexpr, Y_TAPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS x COLS output pixels of one channel of one image."""
-    tiles = tl.cdiv(out_width, COLS)
-    row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
-    col = tl.program_id(0) % tiles * COLS + tl.arange(0, COLS)
-    channel = tl.program_id(1)
-    image = tl.program_id(2).to(tl.int64)
+    """ROWS x COLS output pixels of one channel of one image.
+
+    All programs are on the grid's first axis, as the others end at 65535.
+    """
+    tiles_x = tl.cdiv(out_width, COLS)
+    tiles = tiles_x * tl.cdiv(out_height, ROWS)
+    tile = tl.program_id(0) % tiles
+    row = tile // tiles_x * ROWS + tl.arange(0, ROWS)
+    col = tile % tiles_x * COLS + tl.arange(0, COLS)
+    plane = (tl.program_id(0) // tiles).to(tl.int64)
+    image, channel = plane // 3, plane % 3
     y, x = row - top, col - left
     inside_y, inside_x = (y >= 0) & (y < height), (x >= 0) & (x < width)
     y_start = tl.load(y_first + y, inside_y, other=0)
@@ -36,7 +42,7 @@ def preprocess(
         across = tl.full((ROWS, COLS), 2097152, tl.int32)
         for x_tap in range(X_TAPS):
             # Past the image the weight is zero, whatever is read.
-            source_x = tl.minimum(x_start + x_tap, source_width - 1)
+            source_x = tl.minimum(x_start + x_tap, source_width - 1).to(tl.int64)
             pixel = tl.load(line + source_x[None, :] * pixel_stride).to(tl.int32)
             weight = tl.load(x_weights + x * X_TAPS + x_tap, inside_x, other=0)
             across += pixel * weight[None, :]
@@ -44,10 +50,10 @@ def preprocess(
         weight = tl.load(y_weights + y * Y_TAPS + y_tap, inside_y, other=0)
         total += across * weight[:, None]
     pixel = tl.minimum(tl.maximum(total >> 22, 0), 255).to(tl.float32)
-    value = pixel * tl.load(scale + channel) + tl.load(bias + channel)
+    scale = tl.where(channel == 0, scale0, tl.where(channel == 1, scale1, scale2))
+    bias = tl.where(channel == 0, bias0, tl.where(channel == 1, bias1, bias2))
+    value = pixel * scale + bias
     value = tl.where(inside_y[:, None] & inside_x[None, :], value, 0.0)
-    plane = out + (image * 3 + channel) * out_height * out_width
+    at = (plane * out_height + row[:, None]) * out_width + col[None, :]
     inside = (row < out_height)[:, None] & (col < out_width)[None, :]
-    tl.store(
-        plane + row[:, None] * out_width + col[None, :], value.to(out.dtype.element_ty), inside
-    )
+    tl.store(out + at, value.to(out.dtype.element_ty), inside)

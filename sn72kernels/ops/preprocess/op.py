@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,7 +35,8 @@ def preprocess(
     rows then columns, each rounded to 8 bits. Then ``(pixel / 255 - mean) / std``, computed as
     ``pixel * (1 / (255 std)) + (-mean / std)`` in float32 and rounded to ``dtype``. The first call
     for a size of image computes the filter's weights on the CPU and copies them; later calls find
-    them on the device, so call once before capturing a graph.
+    them on the device. So call once for each size before capturing a graph, or before a compiled
+    function that captures by itself (``mode="reduce-overhead"``).
 
     Args:
         images: uint8, shape (N, h, w, 3) or (h, w, 3), any strides.
@@ -56,12 +56,11 @@ def preprocess(
         ShapeError, DtypeError: ``images`` does not fit.
         ArgumentError: another argument is not usable; the message names it.
     """
-    place = _check(images, size, fit, crop_fraction, interpolation, dtype)
-    batch = images if images.dim() == 4 else images[None]
-    x_taps, y_taps = _taps(place, batch, interpolation)
-    scale, bias = _normalisation(tuple(mean), tuple(std), images.device)
-    border = [place.top, place.left]
-    out: torch.Tensor = _preprocess(batch, *x_taps, *y_taps, scale, bias, list(size), border, dtype)
+    _check(images, size, mean, std, fit, crop_fraction, interpolation, dtype)
+    out: torch.Tensor = _preprocess(
+        images if images.dim() == 4 else images[None],
+        list(size), list(mean), list(std), fit, crop_fraction, interpolation, dtype,
+    )  # fmt: skip
     return out
 
 
@@ -72,43 +71,6 @@ def explain(images: torch.Tensor, *_: Any, **__: Any) -> library.Choice:
         return choice
     config = PIXELS.explain(images.device)
     return library.Choice(choice.op, choice.implementation, choice.reason, config)
-
-
-def _taps(
-    place: geometry.Geometry, batch: torch.Tensor, interpolation: str
-) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    _, h, w, _ = batch.shape
-    left, top, right, bottom = place.box
-    return (
-        geometry.taps(w, left, right, place.width, interpolation, batch.device),
-        geometry.taps(h, top, bottom, place.height, interpolation, batch.device),
-    )
-
-
-def _scale_and_bias(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and bias for pixels in [0, 255], computed in float64 and rounded once."""
-    if len(mean) != 3 or len(std) != 3 or any(not s > 0.0 for s in std):
-        raise ArgumentError(
-            f"mean is {list(mean)} and std is {list(std)}; give three numbers each, std positive"
-        )
-    spread = torch.tensor(std, dtype=torch.float64)
-    middle = torch.tensor(mean, dtype=torch.float64)
-    scale, bias = 1.0 / (255.0 * spread), -middle / spread
-    return scale.float().to(device), bias.float().to(device)
-
-
-_remembered = functools.lru_cache(maxsize=64)(_scale_and_bias)
-
-
-def _normalisation(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`_scale_and_bias`, remembered; not while tracing, whose tensors hold no numbers."""
-    if torch.compiler.is_compiling():
-        return _scale_and_bias(mean, std, device)
-    return _remembered(mean, std, device)
 
 
 # --- configuration and launcher ------------------------------------------------------------
@@ -143,14 +105,12 @@ PIXELS = tuning.Tunable(
 
 def launch_preprocess(
     images: torch.Tensor,
-    x_first: torch.Tensor,
-    x_weights: torch.Tensor,
-    y_first: torch.Tensor,
-    y_weights: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor,
     size: Sequence[int],
-    border: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    fit: str,
+    crop_fraction: float,
+    interpolation: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Triton counterpart of :func:`reference.preprocess`, same arguments and result."""
@@ -161,33 +121,57 @@ def launch_preprocess(
     out = torch.empty((count, 3, height, width), dtype=dtype, device=images.device)
     if out.numel() == 0:
         return out
+    where = geometry.place((source_height, source_width), (height, width), fit, crop_fraction)
+    across, down = geometry.taps(images, where, interpolation)
+    weights = (across.first, across.weights, down.first, down.weights)
+    _keep(weights)
+    (scale0, bias0), (scale1, bias1), (scale2, bias2) = reference.scale_and_bias(mean, std)
     config = PIXELS.config(images.device)
-    blocks = -(-height // config.rows) * -(-width // config.cols)
+    tiles = -(-height // config.rows) * -(-width // config.cols)
     library.launch(
-        kernel.preprocess, (blocks, 3, count),
-        images, x_first, x_weights, y_first, y_weights, scale, bias, out,
-        source_height, source_width, y_first.shape[0], x_first.shape[0], height, width, *border,
-        *images.stride(),
-        X_TAPS=x_weights.shape[1], Y_TAPS=y_weights.shape[1], ROWS=config.rows, COLS=config.cols,
+        kernel.preprocess, (tiles * 3 * count,),
+        images, *weights, out, scale0, scale1, scale2, bias0, bias1, bias2,
+        source_height, source_width, where.height, where.width, height, width,
+        where.top, where.left, *images.stride(),
+        X_TAPS=across.weights.shape[1], Y_TAPS=down.weights.shape[1],
+        ROWS=config.rows, COLS=config.cols,
         # A fused multiply-add would round once where the definition rounds twice.
         num_warps=config.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
+# What a captured graph reads: it holds addresses, not tensors, and lives as long as it likes.
+_captured: dict[int, torch.Tensor] = {}
+
+
+def _keep(weights: Sequence[torch.Tensor]) -> None:
+    """Let no memory of ``weights`` be used again before the launch that follows is over.
+
+    They are dropped when many other geometries came by, perhaps while another stream reads them.
+    """
+    if not weights[0].is_cuda:
+        return
+    if torch.cuda.is_current_stream_capturing():
+        _captured.update((id(tensor), tensor) for tensor in weights)
+        return
+    stream = torch.cuda.current_stream(weights[0].device)
+    for tensor in weights:
+        tensor.record_stream(stream)
+
+
 # --- registration --------------------------------------------------------------------------
 
 
-def _fake_preprocess(images: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    size, _, dtype = arguments[-3:]
-    return images.new_empty((images.shape[0], 3, *size), dtype=dtype)
+def _fake_preprocess(images: torch.Tensor, size: Sequence[int], *arguments: Any) -> torch.Tensor:
+    return images.new_empty((images.shape[0], 3, *size), dtype=arguments[-1])
 
 
 PREPROCESS = library.OpSpec(
     name="preprocess",
     schema=(
-        "(Tensor images, Tensor x_first, Tensor x_weights, Tensor y_first, Tensor y_weights, "
-        "Tensor scale, Tensor bias, SymInt[] size, SymInt[] border, ScalarType dtype) -> Tensor"
+        "(Tensor images, SymInt[] size, float[] mean, float[] std, str fit, float crop_fraction, "
+        "str interpolation, ScalarType dtype) -> Tensor"
     ),
     reference=reference.preprocess,
     launch=launch_preprocess,
@@ -202,12 +186,13 @@ _preprocess = library.register(PREPROCESS)
 def _check(
     images: torch.Tensor,
     size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
     fit: str,
     crop_fraction: float,
     interpolation: str,
     dtype: torch.dtype,
-) -> geometry.Geometry:
-    """Where the output comes from."""
+) -> None:
     shape = (None,) * (images.dim() - 1) if images.dim() in (3, 4) else (None, None, None)
     check_tensor("images", images, shape=(*shape, 3), dtype=torch.uint8)
     h, w = images.shape[-3:-1]
@@ -215,22 +200,24 @@ def _check(
         raise ShapeError(f"Invalid shape of images: no pixels in {tuple(images.shape)}")
     if len(size) != 2 or any(int(n) != n or n < 1 for n in size):
         raise ArgumentError(f"size is {tuple(size)}; give a positive height and width")
+    if len(mean) != 3 or len(std) != 3 or any(not s > 0.0 for s in std):
+        raise ArgumentError(
+            f"mean is {list(mean)} and std is {list(std)}; give three numbers each, std positive"
+        )
+    geometry.check_fit(fit, crop_fraction)
     if interpolation not in geometry.FILTERS:
         raise ArgumentError(f"interpolation is {interpolation!r}; give 'bilinear' or 'bicubic'")
     if dtype not in DTYPES:
         raise ArgumentError(f"dtype is {dtype}; give one of {', '.join(map(str, DTYPES))}")
-    return geometry.place((h, w), (int(size[0]), int(size[1])), fit, crop_fraction)
+
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "center_crop", 1.0, "bicubic")
 
 
 def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Launcher calls that between them reach every kernel, for compile-only checks."""
-
-    def tensor(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    images, vector = tensor(8, 720, 1280, 3, dtype=torch.uint8), tensor(3, dtype=torch.float32)
-    axis = (tensor(224), tensor(224, 15))
-    arguments = (images, *axis, *axis, vector, vector, [224, 224], [0, 0], torch.float16)
+    images = torch.empty(8, 720, 1280, 3, dtype=torch.uint8, device="meta")
+    arguments = (images, [224, 224], *_IMAGENET, torch.float16)
     return {"1280x720 to 224x224 float16": (launch_preprocess, arguments)}
 
 
@@ -239,8 +226,5 @@ def tuning_cases(device: torch.device, rows: int = 720) -> list[tuning.Case]:
 
     shape = (16, rows, rows * 16 // 9, 3)
     images = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
-    place = geometry.place((shape[1], shape[2]), (224, 224), "center_crop", 1.0)
-    x_taps, y_taps = _taps(place, images, "bicubic")
-    scale, bias = _normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), device)
-    args = (images, *x_taps, *y_taps, scale, bias, [224, 224], [0, 0], torch.float16)
+    args = (images, [224, 224], *_IMAGENET, torch.float16)
     return [tuning.Case(PIXELS, (), launch_preprocess, reference.preprocess, args)]

@@ -12,55 +12,63 @@ from collections.abc import Sequence
 
 import torch
 
-from sn72kernels.ops.preprocess.geometry import PRECISION
+from sn72kernels.ops.preprocess import geometry
 
 
 def preprocess(
     images: torch.Tensor,
-    x_first: torch.Tensor,
-    x_weights: torch.Tensor,
-    y_first: torch.Tensor,
-    y_weights: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor,
     size: Sequence[int],
-    border: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    fit: str,
+    crop_fraction: float,
+    interpolation: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Images of one size as a batch.
 
     Args:
         images: uint8 (N, h, w, 3).
-        x_first: int32 (width,), first source column of every output column.
-        x_weights: int32 (width, taps).
-        y_first: int32 (height,), likewise for rows.
-        y_weights: int32 (height, taps).
-        scale: float32 (3,).
-        bias: float32 (3,).
         size: height and width of the output.
-        border: rows above and columns left of the resized image; all around it is zero.
+        mean: per channel, for pixels in [0, 1].
+        std: likewise.
+        fit: as :func:`geometry.place` takes it.
+        crop_fraction: likewise.
+        interpolation: a key of :data:`geometry.FILTERS`.
         dtype: of the output.
 
     Returns:
-        Shape (N, 3, *size), contiguous.
+        Shape (N, 3, *size), contiguous; zero around the resized images.
     """
+    height, width = size
+    where = geometry.place((images.shape[1], images.shape[2]), (height, width), fit, crop_fraction)
+    across, down = geometry.taps(images, where, interpolation)
     planes = images.permute(0, 3, 1, 2).int()
-    rows = _along(planes, x_first, x_weights)
-    pixels = _along(rows.transpose(2, 3), y_first, y_weights).transpose(2, 3)
-    values = pixels.float() * scale[:, None, None]
-    values = (values + bias[:, None, None]).to(dtype)
-    out = values.new_zeros((images.shape[0], 3, *size))
-    height, width = values.shape[2:]
-    out[:, :, border[0] : border[0] + height, border[1] : border[1] + width] = values
+    rows = _along(planes, across)
+    pixels = _along(rows.transpose(2, 3), down).transpose(2, 3).float()
+    # A Python number enters float32 arithmetic rounded to float32, and nothing is copied for it.
+    values = [
+        pixels[:, channel] * scale + bias
+        for channel, (scale, bias) in enumerate(scale_and_bias(mean, std))
+    ]
+    out = pixels.new_zeros((images.shape[0], 3, height, width), dtype=dtype)
+    inner_rows = slice(where.top, where.top + where.height)
+    inner_cols = slice(where.left, where.left + where.width)
+    out[:, :, inner_rows, inner_cols] = torch.stack(values, 1).to(dtype)
     return out
 
 
-def _along(planes: torch.Tensor, first: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def scale_and_bias(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    """Scale and bias of each channel for pixels in [0, 255], to be rounded to float32."""
+    return tuple((1.0 / (255.0 * s), -m / s) for m, s in zip(mean, std, strict=True))
+
+
+def _along(planes: torch.Tensor, taps: geometry.Taps) -> torch.Tensor:
     """Filter the last axis; int32, 0 to 255."""
-    total = torch.full((), 1 << (PRECISION - 1), dtype=torch.int32, device=planes.device)
+    total = torch.full((), 1 << (geometry.PRECISION - 1), dtype=torch.int32, device=planes.device)
     last = planes.shape[-1] - 1
-    for tap in range(weights.shape[1]):
+    for tap in range(taps.weights.shape[1]):
         # Past the image the weight is zero, whatever is read.
-        at = (first + tap).clamp(max=last).long()
-        total = total + planes[..., at] * weights[:, tap]
-    return (total >> PRECISION).clamp(0, 255)
+        at = (taps.first + tap).clamp(max=last).long()
+        total = total + planes[..., at] * taps.weights[:, tap]
+    return (total >> geometry.PRECISION).clamp(0, 255)

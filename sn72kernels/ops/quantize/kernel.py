@@ -38,13 +38,20 @@ def _scale(scale, row, col, inside_row, inside_col, GRANULARITY: tl.constexpr):
 
 
 @triton.jit
+def _tile(cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows and columns of a program. One axis of the grid, as the others end at 65535."""
+    across = tl.cdiv(cols, COLS)
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return row, tl.program_id(0) % across * COLS + tl.arange(0, COLS)
+
+
+@triton.jit
 def quantize_static(
     x, scale, out, rows, cols, x_stride,
     GRANULARITY: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A tile of ROWS x COLS elements."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    row, col = _tile(cols, ROWS, COLS)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     value = tl.load(x + row[:, None] * x_stride + col[None, :], inside, other=0.0).to(tl.float32)
     divisor = _scale(scale, row, col, row < rows, col < cols, GRANULARITY) + tl.zeros_like(value)
@@ -105,8 +112,7 @@ def dequantize(
     GRANULARITY: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A tile of ROWS x COLS elements."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    row, col = _tile(cols, ROWS, COLS)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     code = tl.load(values + row[:, None] * values_stride + col[None, :], inside, other=0)
     factor = _scale(scale, row, col, row < rows, col < cols, GRANULARITY)

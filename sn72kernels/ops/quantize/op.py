@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from sn72kernels import library, tuning
-from sn72kernels.errors import ArgumentError, check_tensor
+from sn72kernels.errors import ArgumentError, check_no_gradient, check_tensor
 from sn72kernels.ops.layout import as_rows, check_rows
 from sn72kernels.ops.quantize import reference
 
@@ -39,8 +39,8 @@ def quantize(
     """``x / scale`` rounded half to even and saturated, the same bits on every device.
 
     int8 is symmetric about zero and saturates to [-128, 127], as ONNX QuantizeLinear does; fp8
-    saturates to +-448. Infinities saturate; NaN becomes 0 in int8 and NaN in fp8. Not
-    differentiable.
+    saturates to +-448. Infinities saturate; NaN becomes 0 in int8 and NaN in fp8. It has no
+    backward.
 
     Args:
         x: shape (..., N) with N >= 1, float32, float16 or bfloat16.
@@ -53,16 +53,16 @@ def quantize(
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
         ArgumentError: another ``granularity`` or ``dtype``.
+        GradientError: a tensor requires a gradient, and gradients are being recorded.
     """
     check_tensor("x", x, dtype=DTYPES)
     fp8 = _check(x, "x", granularity, dtype)
-    x = x.detach()
+    check_no_gradient("quantize", x=x, scale=scale)
     if scale is None and granularity == "token":
         return Quantized(*_quantize_token(x, fp8))
     if scale is None:
         scale = reference.scale_of(x, granularity, fp8)
     _check_scale(x, "x", scale, granularity)
-    scale = scale.detach()
     return Quantized(_quantize_static(x, scale, granularity, fp8), scale)
 
 
@@ -73,7 +73,7 @@ def dequantize(
     granularity: Granularity = "tensor",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """``values * scale`` in float32, rounded to ``dtype``.
+    """``values * scale`` in float32, rounded to ``dtype``. It has no backward.
 
     Args:
         values: shape (..., N), int8 or float8_e4m3fn.
@@ -84,23 +84,32 @@ def dequantize(
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
         ArgumentError: another ``granularity`` or ``dtype``.
+        GradientError: ``scale`` requires a gradient, and gradients are being recorded.
     """
     check_tensor("values", values, dtype=CODES)
     _check(values, "values", granularity, values.dtype)
     _check_scale(values, "values", scale, granularity)
     if dtype not in DTYPES:
         raise ArgumentError(f"dtype is {dtype}; give one of {', '.join(map(str, DTYPES))}")
-    result: torch.Tensor = _dequantize(values, scale.detach(), granularity, dtype)
+    check_no_gradient("dequantize", values=values, scale=scale)
+    result: torch.Tensor = _dequantize(values, scale, granularity, dtype)
     return result
 
 
-def explain(x: torch.Tensor, *args: Any, **kwargs: Any) -> library.Choice:
+def explain(
+    x: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    *,
+    granularity: Granularity = "tensor",
+    dtype: torch.dtype | None = None,
+) -> library.Choice:
     """Which implementation a call with these arguments would run, and why."""
-    spec = DEQUANTIZE if x.dtype in CODES else STATIC
+    token = scale is None and granularity == "token"
+    spec = DEQUANTIZE if x.dtype in CODES else TOKEN if token else STATIC
     choice = library.choose(spec, x.device, x)
     if choice.implementation == "reference":
         return choice
-    config = TILE.explain(x.device, x.shape[-1])
+    config = (TOKEN_TILE if spec is TOKEN else TILE).explain(x.device, x.shape[-1])
     return library.Choice(choice.op, choice.implementation, choice.reason, config)
 
 
@@ -175,10 +184,11 @@ def launch_dequantize(
     return out
 
 
-def _tiles(flat: torch.Tensor) -> tuple[tuning.RowTile, tuple[int, int]]:
+def _tiles(flat: torch.Tensor) -> tuple[tuning.RowTile, tuple[int]]:
+    """Configuration, and the number of tiles."""
     rows, cols = flat.shape
     config = TILE.config(flat.device, cols)
-    return config, (-(-rows // config.rows), -(-cols // config.cols))
+    return config, (-(-rows // config.rows) * -(-cols // config.cols),)
 
 
 # --- registration --------------------------------------------------------------------------

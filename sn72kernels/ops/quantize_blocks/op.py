@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from sn72kernels import library, tuning
-from sn72kernels.errors import ArgumentError, ShapeError, check_tensor
+from sn72kernels.errors import ArgumentError, ShapeError, check_no_gradient, check_tensor
 from sn72kernels.ops.layout import as_rows, check_rows
 from sn72kernels.ops.quantize_blocks import reference
 
@@ -40,7 +40,7 @@ def quantize_blocks(
     Rounds half to even and saturates. nvfp4: ``x / (scale * global_scale)`` as e2m1, where the
     block scale maps the block's largest finite magnitude to 6 and lies in [2^-9, 448]; NaN
     becomes 0. mxfp8: ``x / scale`` as e4m3, where the scale is the smallest power of two that
-    keeps the block within 448; NaN stays. Infinities saturate. Not differentiable.
+    keeps the block within 448; NaN stays. Infinities saturate. It has no backward.
 
     Args:
         x: shape (..., N), N a multiple of 16 (nvfp4) or 32 (mxfp8); float32, float16, bfloat16.
@@ -51,6 +51,7 @@ def quantize_blocks(
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
         ArgumentError: another ``format``, or a ``global_scale`` with mxfp8.
+        GradientError: a tensor requires a gradient, and gradients are being recorded.
     """
     if format not in get_args(Format):
         raise ArgumentError(f"format is {format!r}; give 'nvfp4' or 'mxfp8'")
@@ -62,7 +63,7 @@ def quantize_blocks(
             f"Invalid shape of x: expected (..., N) with N a multiple of {size} for {format}, "
             f"got {tuple(x.shape)}; pad the last axis with zeros."
         )
-    x = x.detach()
+    check_no_gradient("quantize_blocks", x=x, global_scale=global_scale)
     if format == "mxfp8":
         if global_scale is not None:
             raise ArgumentError("global_scale is given, but mxfp8 has none; leave it out")
@@ -71,7 +72,6 @@ def quantize_blocks(
     if global_scale is None:
         global_scale = reference.global_scale_of(x)
     check_tensor("global_scale", global_scale, shape=(), dtype=torch.float32, device=x.device)
-    global_scale = global_scale.detach()
     values, scale = _quantize_nvfp4(x, global_scale)
     return BlockQuantized(values, scale, global_scale)
 
@@ -85,6 +85,8 @@ def dequantize_blocks(
 ) -> torch.Tensor:
     """The numbers that :func:`quantize_blocks` kept, computed in float32, rounded to ``dtype``.
 
+    It has no backward.
+
     Args:
         values: uint8 (..., N/2) for nvfp4, float8_e4m3fn (..., N) for mxfp8.
         scale: as in :class:`BlockQuantized`.
@@ -97,6 +99,7 @@ def dequantize_blocks(
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
         ArgumentError: another ``dtype``; ``global_scale`` missing or too much.
+        GradientError: ``global_scale`` requires a gradient, and gradients are being recorded.
     """
     check_tensor("values", values, dtype=(torch.uint8, torch.float8_e4m3fn))
     check_rows("values", values)
@@ -122,12 +125,18 @@ def dequantize_blocks(
     if global_scale is None:
         return _dequantize_mxfp8(values, scale, dtype)  # type: ignore[no-any-return]
     check_tensor("global_scale", global_scale, shape=(), dtype=torch.float32, device=values.device)
-    return _dequantize_nvfp4(values, scale, global_scale.detach(), dtype)  # type: ignore[no-any-return]
+    check_no_gradient("dequantize_blocks", global_scale=global_scale)
+    return _dequantize_nvfp4(values, scale, global_scale, dtype)  # type: ignore[no-any-return]
 
 
-def explain(x: torch.Tensor, *_: Any, **__: Any) -> library.Choice:
+def explain(
+    x: torch.Tensor, *_: Any, format: Format = "nvfp4", dtype: torch.dtype | None = None
+) -> library.Choice:
     """Which implementation a call with these arguments would run, and why."""
-    spec = QUANTIZE_NVFP4 if x.dtype in DTYPES else DEQUANTIZE_NVFP4
+    if x.dtype in DTYPES:
+        spec = QUANTIZE_NVFP4 if format == "nvfp4" else QUANTIZE_MXFP8
+    else:
+        spec = DEQUANTIZE_NVFP4 if x.dtype == torch.uint8 else DEQUANTIZE_MXFP8
     choice = library.choose(spec, x.device, x)
     if choice.implementation == "reference":
         return choice

@@ -7,11 +7,11 @@ import triton.language as tl
 
 @triton.jit
 def _rotate(
-    x, out, cos, sin, batch, head, tokens, first, prefix,
+    x, out, cos, sin, batch, head, tokens, start, prefix,
     x_batch, x_head, x_token, out_batch, out_head, out_token, table_batch, table_token,
     HALF: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    token = (first + tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    token = (start + tl.arange(0, TOKENS))[:, None]
     col = tl.arange(0, WIDTH)[None, :]
     inside = (token < tokens) & (col < HALF)
     at = x + batch * x_batch + head * x_head + token.to(tl.int64) * x_token + col
@@ -33,7 +33,7 @@ def _rotate(
 
 @triton.jit
 def rope(
-    q, k, q_out, k_out, cos, sin, q_heads, k_heads, tokens, first, prefix,
+    q, k, q_out, k_out, cos, sin, q_heads, k_heads, blocks, tokens, first, prefix,
     q_batch, q_head, q_token, k_batch, k_head, k_token,
     qo_batch, qo_head, qo_token, ko_batch, ko_head, ko_token, table_batch, table_token,
     HALF: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
@@ -43,16 +43,19 @@ def rope(
     A program reads all that it writes before it writes, so the outputs may be the inputs.
     """
     heads = q_heads + k_heads
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
+    # One axis of the grid, as the others end at 65535.
+    start = first + tl.program_id(0) % blocks * TOKENS
+    which = tl.program_id(0) // blocks
+    batch = (which // heads).to(tl.int64)
+    head = (which % heads).to(tl.int64)
     if head < q_heads:
         _rotate(
-            q, q_out, cos, sin, batch, head, tokens, first, prefix, q_batch, q_head, q_token,
+            q, q_out, cos, sin, batch, head, tokens, start, prefix, q_batch, q_head, q_token,
             qo_batch, qo_head, qo_token, table_batch, table_token, HALF, WIDTH, TOKENS,
         )  # fmt: skip
     else:
         _rotate(
-            k, k_out, cos, sin, batch, head - q_heads, tokens, first, prefix,
+            k, k_out, cos, sin, batch, head - q_heads, tokens, start, prefix,
             k_batch, k_head, k_token, ko_batch, ko_head, ko_token, table_batch, table_token,
             HALF, WIDTH, TOKENS,
         )  # fmt: skip

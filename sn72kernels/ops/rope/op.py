@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sn72kernels import library, tuning
-from sn72kernels.errors import ArgumentError, ShapeError, check_tensor
+from sn72kernels.errors import ArgumentError, ShapeError, check_no_gradient, check_tensor
 from sn72kernels.ops.rope import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -20,7 +20,7 @@ def rope(
 
     With ``rotate(x) = concat(-x[D/2:], x[:D/2])``, a rotated token is
     ``x * cos + rotate(x) * sin``, computed in float32 and rounded once. Tables come from
-    :mod:`sn72kernels.ops.rope.tables`, or from the model. Not differentiable.
+    :mod:`sn72kernels.ops.rope.tables`, or from the model. Differentiable in ``q`` and ``k``.
 
     Args:
         q: shape (B, H, T, D), D even; any strides; float32, float16, bfloat16 or float64.
@@ -33,9 +33,14 @@ def rope(
 
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
+        GradientError: a table requires a gradient.
     """
-    cos, sin = _check(q, k, cos, sin)
-    turned: tuple[torch.Tensor, torch.Tensor] = _rope(q.detach(), k.detach(), cos, sin)
+    cos, sin = _check("rope", q, k, cos, sin)
+    turned: tuple[torch.Tensor, torch.Tensor]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        turned = _Rope.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
+    else:
+        turned = _rope(q, k, cos, sin)
     return turned
 
 
@@ -55,12 +60,12 @@ def rope_(
 
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
-        ArgumentError: ``q`` or ``k`` cannot be changed in place, or needs a gradient.
+        ArgumentError: ``q`` or ``k`` cannot be changed in place.
+        GradientError: a tensor requires a gradient: :func:`rope` has one.
     """
-    cos, sin = _check(q, k, cos, sin)
+    cos, sin = _check("rope_", q, k, cos, sin)
+    check_no_gradient("rope_", q=q, k=k)
     for name, x in (("q", q), ("k", k)):
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ArgumentError(f"{name} requires a gradient and cannot be rotated in place")
         repeated = any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
         if x.stride(3) != 1 or repeated:
             raise ArgumentError(
@@ -123,14 +128,16 @@ def _launch(
     batch, q_heads, tokens, depth = q.shape
     k_heads, half = k.shape[1], depth // 2
     config = TOKENS.config(q.device, depth, q.element_size())
-    grid = (-(-(tokens - first) // config.size), batch * (q_heads + k_heads))
+    blocks = -(-(tokens - first) // config.size)
+    grid = (blocks * batch * (q_heads + k_heads),)
     if 0 in grid:
         return
     if cos.stride() != sin.stride() or cos.stride(2) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     library.launch(
         kernel.rope, grid,
-        q, k, q_out, k_out, cos, sin, q_heads, k_heads, tokens, first, tokens - cos.shape[1],
+        q, k, q_out, k_out, cos, sin, q_heads, k_heads, blocks, tokens, first,
+        tokens - cos.shape[1],
         *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
         *cos.stride()[:2],
         HALF=half, WIDTH=tuning.power_of_two(half), TOKENS=config.size, num_warps=config.warps,
@@ -174,11 +181,32 @@ _rope = library.register(ROPE)
 _rope_ = library.register(ROPE_)
 
 
+class _Rope(torch.autograd.Function):
+    """The transpose of a rotation by some angles is the rotation by their negatives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(cos, sin)
+        turned: tuple[torch.Tensor, torch.Tensor] = _rope(q, k, cos, sin)
+        return turned
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        # Transposed, each half meets the sines of the other; equal halves make this -sin.
+        back = -sin.roll(sin.shape[-1] // 2, -1)
+        return (*_Rope.apply(grad_q, grad_k, cos, back), None, None)  # type: ignore[no-untyped-call]
+
+
 # --- checks --------------------------------------------------------------------------------
 
 
 def _check(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    op: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tables with a batch axis."""
     check_tensor("q", q, shape=(None, None, None, None), dtype=DTYPES)
@@ -193,8 +221,9 @@ def _check(
         raise ShapeError(
             f"Invalid shape of cos: expected at most {tokens} tokens, got {tuple(cos.shape)}"
         )
+    check_no_gradient(op, cos=cos, sin=sin)
     shape = (batch, *cos.shape[-2:])
-    return cos.detach().expand(shape), sin.detach().expand(shape)
+    return cos.expand(shape), sin.expand(shape)
 
 
 def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:

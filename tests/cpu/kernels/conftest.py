@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.kernel_cases import interpreter
+
 if importlib.util.find_spec("triton") is not None:
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -29,6 +31,7 @@ if importlib.util.find_spec("triton") is not None:
             "Triton was imported before its interpreter could be switched on; "
             "run tests/cpu/kernels in a process of its own"
         )
+    interpreter.repair()
 
 
 def _release(package: str) -> tuple[int, ...]:

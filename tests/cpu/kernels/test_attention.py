@@ -12,16 +12,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sn72kernels
 from sn72kernels import device as devices
 from sn72kernels import library
-from sn72kernels.errors import ArgumentError, DtypeError, ShapeError
+from sn72kernels.errors import ArgumentError, DtypeError, GradientError, ShapeError
 from sn72kernels.ops.attention import op, reference
 from sn72kernels.testing import assert_close
 
-# bfloat16 is left to the card: the interpreter multiplies matrices of its bits.
-ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
+ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -86,16 +86,6 @@ def test_public_op_is_the_plain_formula() -> None:
     torch.testing.assert_close(sn72kernels.attention(q, k, v, scale=0.3), weights @ v)
 
 
-class OnCuda:
-    """Stands for a CUDA tensor where only its dtype, device and shape are asked for."""
-
-    def __init__(self, depth: int, dtype: torch.dtype) -> None:
-        self.shape, self.dtype, self.device = (1, 2, 5, depth), dtype, torch.device("cuda", 0)
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
-
-
 @pytest.mark.parametrize(
     ("flash", "depth", "dtype", "asked", "ran", "why"),
     [
@@ -120,9 +110,10 @@ def test_choice_and_its_reason(
 ) -> None:
     monkeypatch.setattr(library, "triton_available", lambda: True)
     monkeypatch.setattr(op, "flash_available", lambda: flash)
-    q = OnCuda(depth, dtype)
+    with FakeTensorMode():  # knows dtype, device and shape, and has no memory
+        q = torch.empty(1, 2, 5, depth, dtype=dtype, device="cuda")
     with devices.assume(90):
-        choice = op.explain(q, q, q, implementation=asked)  # type: ignore[arg-type]
+        choice = op.explain(q, q, q, implementation=asked)
     assert choice.implementation == ran
     assert why in choice.reason
 
@@ -139,6 +130,18 @@ def test_opcheck_compile_and_export() -> None:
     want = Model()(q, k, v)
     assert torch.equal(torch.compile(Model(), fullgraph=True, backend="aot_eager")(q, k, v), want)
     assert torch.equal(torch.export.export(Model(), (q, k, v)).module()(q, k, v), want)
+
+
+def test_gradients_are_those_of_the_plain_formula() -> None:
+    q, k, v = (make(2, n, 3, torch.float64, "tokens first", n)[:1] for n in (4, 5, 5))
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    assert torch.autograd.gradcheck(sn72kernels.attention, leaves)
+    choice = sn72kernels.explain("attention", *leaves)
+    assert (choice.implementation, "a gradient is wanted" in choice.reason) == ("sdpa", True)
+    with pytest.raises(GradientError, match=r"attention\(implementation='triton'\) has no backwa"):
+        sn72kernels.attention(*leaves, implementation="triton")
+    with torch.no_grad():
+        assert "not on a CUDA device" in sn72kernels.explain("attention", *leaves).reason
 
 
 def test_errors_name_the_argument() -> None:

@@ -47,17 +47,32 @@ sn72kernels.layernorm_gelu(x).sum().backward()
 vote = sn72kernels.ensemble_vote([torch.rand(5), torch.rand(5)], [0.5, 0.5])
 sn72kernels.cascade_route(vote, 0.1, 0.9, buckets=(8,))
 assert "triton" not in sys.modules
+x = x.detach()
 q = sn72kernels.quantize(x, granularity="token", dtype=torch.float8_e4m3fn)
 sn72kernels.dequantize(*q, granularity="token")
 sn72kernels.dequantize_blocks(*sn72kernels.quantize_blocks(torch.randn(2, 32)))
 sn72kernels.classifier_head(x, x, None, torch.rand(3), None)
-heads = torch.randn(1, 2, 5, 16)
-sn72kernels.rope(heads, heads, torch.rand(4, 16), torch.rand(4, 16))
+heads, tables = torch.randn(1, 2, 5, 16), torch.rand(4, 16)
+images = torch.zeros(9, 8, 3, dtype=torch.uint8)
+sn72kernels.rope(heads, heads, tables, tables)
+sn72kernels.rope_(heads, heads.clone(), tables, tables)
 sn72kernels.attention(heads, heads, heads)
-sn72kernels.preprocess(torch.zeros(9, 8, 3, dtype=torch.uint8), (4, 4))
+sn72kernels.preprocess(images, (4, 4))
 sn72kernels.linear(*q, *q)
-for op, args in {"layernorm_gelu": [x], "cascade_route": [vote], "ensemble_vote": [[vote]]}.items():
-    assert sn72kernels.explain(op, *args).implementation == "reference"
+blocks = torch.randn(2, 32)
+calls = {
+    "attention": [heads, heads, heads], "cascade_route": [vote, 0.1, 0.9],
+    "classifier_head": [x, x, None, x[0], None], "dequantize": q,
+    "dequantize_blocks": sn72kernels.quantize_blocks(blocks), "ensemble_vote": [[vote], [1.0]],
+    "layernorm_gelu": [x], "linear": [*q, *q], "preprocess": [images, (4, 4)], "quantize": [x],
+    "quantize_blocks": [blocks], "rope": [heads, heads, tables, tables],
+    "rope_": [heads, heads, tables, tables],
+}
+assert calls.keys() == sn72kernels.OPS.keys()
+for op, args in calls.items():
+    wanted = "sdpa" if op == "attention" else "reference"
+    assert sn72kernels.explain(op, *args).implementation == wanted, op
+assert "triton" not in sys.modules
 """
     run_python(code)
 

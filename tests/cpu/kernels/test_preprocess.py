@@ -82,7 +82,7 @@ def test_one_call_of_pillow_is_within_one_step(source: tuple[int, int]) -> None:
     size=st.sampled_from(((2, 3), (3, 70), (8, 8), (5, 4))),
     fit=st.sampled_from(("center_crop", "squash", "pad")),
     interpolation=st.sampled_from(tuple(PILLOW)),
-    dtype=st.sampled_from((torch.float32, torch.float16)),
+    dtype=st.sampled_from(op.DTYPES),
     planar=st.booleans(),
     seed=st.integers(0, 2**16),
 )
@@ -100,11 +100,8 @@ def test_kernel_gives_the_bits_of_the_reference(
     images = make(count, *source, seed)
     if planar:
         images = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    place = geometry.place(source, size, fit, 0.9)
-    x_taps, y_taps = op._taps(place, images, interpolation)
-    scale, bias = op._normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), images.device)
-    border = [place.top, place.left]
-    arguments = (images, *x_taps, *y_taps, scale, bias, list(size), border, dtype)
+    colours = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    arguments = (images, list(size), *colours, fit, 0.9, interpolation, dtype)
     have, want = op.launch_preprocess(*arguments), reference.preprocess(*arguments)
     assert have.dtype == want.dtype
     torch.testing.assert_close(have, want, rtol=0, atol=0)
@@ -122,36 +119,34 @@ def test_normalisation_is_the_plain_formula() -> None:
 def test_weights_are_found_again() -> None:
     images = make(1, 9, 8, 2)
     sn72kernels.preprocess(images, (4, 4))
-    before = geometry._remembered.cache_info().hits
+    before = geometry.axis_taps.cache_info().hits
     sn72kernels.preprocess(images, (4, 4))
-    assert geometry._remembered.cache_info().hits == before + 2
+    assert geometry.axis_taps.cache_info().hits == before + 2
 
 
-def test_opcheck() -> None:
+class Model(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return sn72kernels.preprocess(images, (4, 5))
+
+
+def test_compile_full_graph_for_any_size_of_image() -> None:
+    """The weights are computed inside the operator: a new size needs no new graph."""
     torch.use_deterministic_algorithms(False)
-    images = make(2, 9, 8, 3)
-    place = geometry.place((9, 8), (4, 5), "pad", 1.0)
-    x_taps, y_taps = op._taps(place, images, "bicubic")
-    ones = torch.ones(3)
-    torch.library.opcheck(
-        torch.ops.sn72.preprocess.default,
-        (images, *x_taps, *y_taps, ones, ones, [4, 5], [place.top, place.left], torch.float16),
-    )
+    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((2, 9, 8), (3, 20, 31), (2, 64, 48)):
+        with torch._dynamo.config.patch(error_on_recompile=shape[1] == 64):
+            images = make(*shape, 4)
+            assert torch.equal(compiled(images), sn72kernels.preprocess(images, (4, 5)))
 
 
-def test_export_has_one_node() -> None:
-    """The weights become constants of the program, for the size that it was exported with."""
-
-    class Model(torch.nn.Module):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return sn72kernels.preprocess(images, (4, 5))
-
+def test_export_has_one_node_and_takes_any_size() -> None:
     torch.use_deterministic_algorithms(False)
-    images = make(2, 9, 8, 5)
-    program = torch.export.export(Model(), (images,))
-    targets = [node.target for node in program.graph.nodes]
-    assert targets.count(torch.ops.sn72.preprocess.default) == 1
-    other = make(2, 9, 8, 6)
+    sizes = {place: torch.export.Dim(name) for place, name in enumerate(("n", "h", "w"))}
+    shapes = {"images": sizes}
+    program = torch.export.export(Model(), (make(2, 9, 8, 5),), dynamic_shapes=shapes)
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert calls.count(torch.ops.sn72.preprocess.default) == 1
+    other = make(3, 12, 7, 6)
     assert torch.equal(program.module()(other), sn72kernels.preprocess(other, (4, 5)))
 
 
