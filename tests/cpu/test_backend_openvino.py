@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from sn72engine import _deps, doctor
-from sn72engine.backends import get_backend
+from sn72engine.backends import get_backend, openvino
 from sn72engine.backends.openvino import OpenVinoBackend
 from sn72engine.builder import build
 from sn72engine.engine import Engine
@@ -127,31 +127,60 @@ def test_quantised_reductions_are_right(tmp_path: Path, reduction: str, joined: 
     with load(made(tmp_path, model), ONE) as session:
         error = np.linalg.norm(session(x) - want) / np.linalg.norm(want)
     in_float = reduction != "ReduceMean"
-    assert error < (1e-5 if in_float else 0.05)  # small means differ by their rounding
+    # Float layers round to bfloat16 where the CPU has it; small means differ by int8's rounding.
+    assert error < (0.005 if in_float else 0.05)
     notes = load(made(tmp_path, model), ONE).manifest.notes
     assert any("maxima or minima" in note for note in notes) == in_float
 
 
-@pytest.mark.parametrize(
-    ("form", "product"), [("residual_net", "Convolution"), ("transformer", "FullyConnected")]
-)
-def test_quantised_products_run_on_integers(tmp_path: Path, form: str, product: str) -> None:
-    with load(made(tmp_path, quantized_models.quantized(form)), ONE) as session:
+@pytest.mark.parametrize("batch", [SMALL.batch, ShapeRange(2, 2, 2)], ids=str)
+@pytest.mark.parametrize("form", ["residual_net", "transformer"])
+def test_quantised_products_run_on_integers(tmp_path: Path, form: str, batch: ShapeRange) -> None:
+    # With its shapes known ahead, OpenVINO 2026.4 runs half of a transformer's products in float.
+    options = BuildOptions(backend="openvino", batch=batch)
+    model = quantized_models.quantized(form)
+    with load(made(tmp_path, model, options), ONE) as session:
         operators = session._runner._compiled.get_runtime_model().get_ordered_ops()
-        facts = [op.get_rt_info() for op in operators]
-        types = [
-            fact["runtimePrecision"].astype(str)
-            for fact in facts
-            if fact["layerType"].astype(str) == product
-        ]
-    assert set(types) & {"u8", "i8"}, types
+    types = [
+        fact["runtimePrecision"].astype(str)
+        for fact in (operator.get_rt_info() for operator in operators)
+        if fact["layerType"].astype(str) in ("Convolution", "FullyConnected")
+    ]
+    assert model.quantization is not None
+    assert sum(kind in ("u8", "i8") for kind in types) == model.quantization["quantised"], types
+
+
+def float_layers(engine: Engine) -> str:
+    """The type that OpenVINO computes an engine's float layers in."""
+    with load(engine, ONE) as session:
+        hint = session._runner._compiled.get_property("INFERENCE_PRECISION_HINT")
+    return str(hint.get_type_name())
+
+
+def test_float_layers_of_a_quantised_transformer_are_bfloat16_where_the_cpu_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has = openvino._has_bfloat16(_deps.require("openvino", purpose="ask for its devices").Core())
+    model = quantized_models.quantized("transformer")
+    engine = made(tmp_path / "here", model)
+    assert float_layers(engine) == ("bf16" if has else "f32")
+    assert ("layers that are not quantised compute in bf16" in engine.manifest.notes) == has
+    assert float_layers(made(tmp_path, quantized_models.exported("transformer"))) == "f32"
+    assert float_layers(made(tmp_path, quantized_models.quantized("residual_net"))) == "f32"
+
+    # An engine from a CPU with bfloat16 runs on one without, and stays as it was verified there.
+    monkeypatch.setattr(openvino, "_has_bfloat16", lambda core: False)
+    assert float_layers(engine) == "f32"
+    elsewhere = made(tmp_path / "elsewhere", model)
+    monkeypatch.undo()
+    assert float_layers(elsewhere) == "f32"
 
 
 def test_only_a_convolutional_model_takes_the_form_for_cpus(tmp_path: Path) -> None:
     for form, lowered in (("residual_net", True), ("transformer", False)):
         model = quantized_models.quantized(form)
         engine = made(tmp_path, model)
-        assert (engine.path.read_bytes() != model.path.read_bytes()) == lowered
+        assert (onnx.load(engine.path).graph != onnx.load(model.path).graph) == lowered
         assert any("INT8 for a CPU" in note for note in engine.manifest.notes) == lowered
 
 
