@@ -34,6 +34,7 @@ COMMANDS = (
     "build",
     "verify",
     "inspect",
+    "compare",
     "bench",
     "calibrate",
     "run",

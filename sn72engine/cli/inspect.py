@@ -19,6 +19,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("subject", help="ONNX file, engine folder, or the start of an engine's key")
 
 
+def subject_path(text: str) -> Path:
+    """The ONNX file that a path names, or the folder of an engine."""
+    path = Path(text)
+    return path if path.is_file() else engine_folder(text)
+
+
 def execute(options: argparse.Namespace) -> Outcome:
     """Inspect."""
     from sn72engine import inspection

@@ -1,0 +1,120 @@
+"""The error of each layer through the depth of a network, as a picture."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sn72engine import _deps
+from sn72engine.errors import InputError
+from sn72kernels import atomic
+
+if TYPE_CHECKING:
+    from sn72engine.divergence import ComparisonReport, LayerError
+
+_INK, _SOFT, _GOOD, _BAD = "#2b2d33", "#8a909c", "#3867b5", "#d9622b"
+
+#: Layers labelled for what they add to the error, beside the first bad one.
+_LABELLED = 4
+
+#: Where a tensor without any difference is drawn: below the rounding of float32.
+_FLOOR = 1e-8
+
+
+def plot(report: ComparisonReport, path: Path) -> Path:
+    """Draw a report; see :meth:`sn72engine.divergence.ComparisonReport.save_plot`."""
+    if not report.layers:
+        raise InputError("no layer was measured: there is nothing to draw")
+    figures = _deps.require("matplotlib", purpose="draw a comparison", submodule="figure")
+    figure = figures.Figure(figsize=(9.5, 4.8), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    heights = [_height(layer) for layer in report.layers]
+    places = range(len(heights))
+    colours = [_BAD if layer.parted else _GOOD for layer in report.layers]
+    axes.plot(places, heights, color=_SOFT, linewidth=0.8, zorder=1)
+    size = 26 if len(heights) <= 80 else 9
+    axes.scatter(places, heights, c=colours, s=size, zorder=3, linewidths=0)
+    bound = report.max_relative_error
+    axes.axhline(bound, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
+    axes.annotate(
+        f"bound {bound:g}",
+        (1, bound),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color=_INK,
+    )
+    axes.set_yscale("log")
+    low, high = min(*heights, bound), max(*heights, bound)
+    axes.set_ylim(max(low / 5, _FLOOR / 2), high * (high / low) ** 0.45 * 3)  # room for labels
+    axes.set_xlim(-0.03 * len(heights) - 0.5, len(heights) * 1.03 - 0.5)
+    _label(axes, report, heights)
+    if len(heights) <= 24:
+        axes.set_xticks(list(places), [_short(layer.layer, 16) for layer in report.layers])
+        axes.tick_params(axis="x", labelrotation=45, labelsize=8)
+        for tick in axes.get_xticklabels():
+            tick.set_ha("right")
+            tick.set_rotation_mode("anchor")
+    else:
+        axes.set_xlabel("layer, in the order in which they run")
+    axes.set_ylabel("relative error  |b - a| / |a|")
+    axes.grid(axis="y", color="#e4e6ea", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(
+        f"{textwrap.fill(report.verdict, 125)}\na: {report.names[0]}   b: {report.names[1]}   "
+        f"{report.samples} samples, the worst of which counts",
+        loc="left",
+        fontsize=9.5,
+        color=_INK,
+    )
+    with atomic.replacing(path) as scratch:
+        figure.savefig(scratch, format="png")
+    return path
+
+
+def _label(axes: Any, report: ComparisonReport, heights: list[float]) -> None:
+    """Name the first bad layer, and those that add most to the error."""
+    layers = report.layers
+    order = sorted(range(len(layers)), key=lambda place: -layers[place].added)
+    chosen = [place for place in order[:_LABELLED] if layers[place].added > _FLOOR]
+    if report.first_bad is not None:
+        chosen = [layers.index(report.first_bad), *chosen]
+    for row, place in enumerate(dict.fromkeys(chosen)):
+        first = layers[place] is report.first_bad
+        side = "right" if place > 0.7 * len(layers) else "left"
+        # Each label has a row of its own above the data, so that none lies on another.
+        axes.annotate(
+            f" {_short(layers[place].layer, 40)} ({layers[place].op}) ",
+            (place, heights[place]),
+            xytext=(place, 0.97 - 0.06 * row),
+            textcoords=("data", "axes fraction"),
+            ha=side,
+            va="top",
+            fontsize=9 if first else 8,
+            fontweight="bold" if first else "normal",
+            color=_BAD if first else _INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": _BAD if first else _SOFT,
+                "lw": 0.8,
+                "relpos": (1.0 if side == "right" else 0.0, 0.0),
+            },
+            zorder=4,
+        )
+
+
+def _height(layer: LayerError) -> float:
+    relative = layer.error.relative
+    if math.isinf(relative) or math.isnan(relative):
+        return 10.0  # shown at the top; the label and the title say what it is
+    return max(relative, _FLOOR)
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width // 2 - 1]}…{text[-width // 2 :]}"
