@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import inspect
 import json
 import re
@@ -57,9 +56,9 @@ LEFT_OUT = re.compile(r"I\w+Layer|IPlugin\w*|IAlgorithm\w*|PluginField\w*")
 def record(library: Any) -> dict[str, Any]:
     """The surface of an imported bindings module, with that of its plugins where it has them."""
     names = members(library)
-    if importlib.util.find_spec(f"{library.__name__}.plugin"):
-        sys.modules.setdefault("tensorrt", library)  # by which that part imports it
-        names["plugin"] = members(importlib.import_module(f"{library.__name__}.plugin"))
+    if library.__name__ == "tensorrt_bindings":
+        sys.modules["tensorrt"] = library  # the name by which its plugins import it
+        names["plugin"] = members(importlib.import_module("tensorrt_bindings.plugin"))
     return {"version": library.__version__, "names": names}
 
 
