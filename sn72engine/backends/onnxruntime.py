@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from sn72engine import _deps, onnx_file
+from sn72engine.backends import onnxruntime_providers as providers
 from sn72engine.backends.advice import explain
 from sn72engine.backends.base import Array, BuiltFiles
+from sn72engine.backends.onnxruntime_providers import Setting
 from sn72engine.engine import Engine
 from sn72engine.errors import BuildError, SessionError
 from sn72engine.half import to_half
@@ -24,8 +26,6 @@ from sn72engine.qdq import lower_for_cpu
 from sn72engine.spec import BackendName, BuildOptions, RuntimeOptions
 
 _FILE = "model.onnx"
-_CPU = "CPUExecutionProvider"
-_CUDA = "CUDAExecutionProvider"
 
 #: ONNX Runtime's log level "error"; warnings about its own optimiser are of no use to callers.
 _LOG_ERRORS = 3
@@ -57,7 +57,7 @@ _ADVICE = (
 
 
 class OnnxRuntimeBackend:
-    """Builds and opens engines for ONNX Runtime, on the CPU or with its CUDA provider."""
+    """Builds and opens engines for ONNX Runtime, on the CPU or with a provider for CUDA."""
 
     name: BackendName = "onnxruntime"
 
@@ -84,14 +84,17 @@ class OnnxRuntimeBackend:
         """Write ``model.onnx`` and its weight files, and check that ONNX Runtime takes them.
 
         On a CPU a Q/DQ model is rewritten for its 8-bit kernels (see ``qdq``); a float model is
-        copied as it is. ``workspace_bytes`` and ``optimization_level`` have no meaning here.
+        copied as it is. ``workspace_bytes`` and ``optimization_level`` go to the TensorRT provider
+        and have no meaning for the others.
 
         Raises:
-            BuildError: float16 is asked for on a CPU, or ONNX Runtime refuses the file.
+            BuildError: float16 is asked for on a CPU, the provider is absent or does not load, or
+                ONNX Runtime refuses the file.
         """
         ort = _onnxruntime()
         target, device = folder / _FILE, self.target(options)
-        _check_device(ort, device, BuildError)
+        setting = Setting.of(device, options.precision, options.batch, options.to_dict())
+        providers.check(ort, setting.kind, BuildError)
         convert = options.precision == "fp16" and model.precision == "fp32"
         if convert and device == "cpu":
             raise BuildError(
@@ -101,12 +104,12 @@ class OnnxRuntimeBackend:
         notes: tuple[str, ...] = ()
         if convert:
             notes = to_half(model.path, target)
-        elif model.precision == "int8" and device == "cpu":
+        elif model.quantised and device == "cpu":
             notes = lower_for_cpu(model.path, target)
         else:
             onnx_file.copy(model, target)
-        _open(ort, target, device, RuntimeOptions(threads=1), BuildError)
         built = OnnxModel.open(target)
+        _open(ort, built, setting, RuntimeOptions(threads=1), BuildError)
         weights = [path.name for path in built.external_files()]
         return BuiltFiles((_FILE, *weights), built.inputs, built.outputs, notes)
 
@@ -114,13 +117,16 @@ class OnnxRuntimeBackend:
         """Load an engine.
 
         Raises:
-            SessionError: ONNX Runtime refuses the file, or has no CUDA provider for it.
+            SessionError: ONNX Runtime refuses the file, or lacks the provider for it.
         """
         ort = _onnxruntime()
         manifest = engine.manifest
-        device = "cuda" if manifest.target.startswith("cuda") else "cpu"
-        _check_device(ort, device, SessionError)
-        session = _open(ort, engine.path, device, options, SessionError)
+        setting = Setting.of(
+            manifest.target, manifest.precision, manifest.batch, manifest.build_options
+        )
+        providers.check(ort, setting.kind, SessionError)
+        model = OnnxModel(engine.path, manifest.inputs, manifest.outputs)
+        session = _open(ort, model, setting, options, SessionError)
         return OnnxRuntimeRunner(session, manifest.inputs, manifest.outputs)
 
 
@@ -156,6 +162,16 @@ class OnnxRuntimeRunner:
             ) from error
         return dict(zip(self._names, results, strict=True))
 
+    def twin(self) -> OnnxRuntimeRunner:
+        """Another runner of the same session, whose ``run`` several threads may call at once.
+
+        Raises:
+            SessionError: this one was closed.
+        """
+        if self._session is None:
+            raise SessionError("this engine was closed; load it again")
+        return OnnxRuntimeRunner(self._session, self.inputs, self.outputs)
+
     def close(self) -> None:
         """Release the session."""
         self._session = None
@@ -165,20 +181,12 @@ def _onnxruntime() -> Any:
     return _deps.require("onnxruntime", purpose="build and run ONNX Runtime engines")
 
 
-def _check_device(ort: Any, device: str, error: type[BuildError] | type[SessionError]) -> None:
-    if device == "cuda" and _CUDA not in ort.get_available_providers():
-        raise error(
-            "target='cuda': the installed ONNX Runtime has no CUDA provider; install "
-            "onnxruntime-gpu in place of onnxruntime, or use target='cpu'"
-        )
-
-
 def _open(
     ort: Any,
-    path: Path,
-    device: str,
+    model: OnnxModel,
+    setting: Setting,
     options: RuntimeOptions,
-    error_type: type[BuildError] | type[SessionError],
+    error_type: providers.Failure,
 ) -> Any:
     settings = ort.SessionOptions()
     settings.log_severity_level = _LOG_ERRORS
@@ -186,19 +194,16 @@ def _open(
     spinning = "1" if options.spinning else "0"
     settings.add_session_config_entry("session.intra_op.allow_spinning", spinning)
     settings.add_session_config_entry("session.inter_op.allow_spinning", spinning)
-    providers: list[Any] = [_CPU]
-    if device == "cuda":
-        providers.insert(0, (_CUDA, {"device_id": str(options.device_index)}))
     try:
-        session = ort.InferenceSession(str(path), settings, providers=providers)
+        session = ort.InferenceSession(
+            str(model.path),
+            settings,
+            providers=providers.listed(setting, model, options),
+            enable_fallback=0,
+        )
     except Exception as error:  # its exceptions share no base class
         raise error_type(
-            f"ONNX Runtime refuses {path.name}: {explain(str(error), _ADVICE)}"
+            f"ONNX Runtime refuses {model.path.name}: {explain(str(error), _ADVICE)}"
         ) from error
-    if device == "cuda" and session.get_providers()[0] != _CUDA:
-        # ONNX Runtime falls back to the CPU with no more than a log line.
-        raise error_type(
-            f"ONNX Runtime could not use CUDA device {options.device_index}: check the driver, "
-            "CUDA and cuDNN versions with 'sn72engine doctor', or use target='cpu'"
-        )
+    providers.confirm(session, setting, options, error_type)
     return session

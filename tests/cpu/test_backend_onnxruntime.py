@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
 from sn72engine import fingerprint
-from sn72engine.backends import get_backend
+from sn72engine.backends import get_backend, onnxruntime_providers
 from sn72engine.backends.base import BuiltFiles
 from sn72engine.backends.onnxruntime import OnnxRuntimeBackend
+from sn72engine.backends.onnxruntime_providers import Setting
+from sn72engine.backends.tensorrt_device import device_target
 from sn72engine.engine import Engine, Manifest
 from sn72engine.errors import BuildError, OptionError, SessionError
 from sn72engine.model import OnnxModel
-from sn72engine.spec import BuildOptions, RuntimeOptions
+from sn72engine.spec import BuildOptions, RuntimeOptions, ShapeRange
 from sn72engine.store import describe
 from tests import tiny_models
 
@@ -129,6 +134,113 @@ def test_cuda_without_its_provider_is_refused(tmp_path: Path) -> None:
     moved = Engine(engine.folder, replace(engine.manifest, target="cuda"))
     with pytest.raises(SessionError, match="no CUDA provider"):
         BACKEND.open(moved, RuntimeOptions())
+
+
+class Claiming:
+    """The real library, which claims to have providers that do not load.
+
+    That is how a GPU build behaves where CUDA's libraries are absent: it opens a session for the
+    CPU and warns.
+    """
+
+    def __init__(self, *names: str) -> None:
+        import onnxruntime
+
+        self._real = onnxruntime
+        self._names = names
+        self.asked: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def get_available_providers(self) -> list[str]:
+        return [*self._names, *self._real.get_available_providers()]
+
+    def InferenceSession(self, *arguments: Any, **named: Any) -> Any:  # noqa: N802
+        self.asked.append(named)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return self._real.InferenceSession(*arguments, **named)
+
+
+def cuda(**options: Any) -> BuildOptions:
+    return BuildOptions(target="cuda", batch=ShapeRange(1, 4, 8), **options)
+
+
+@pytest.mark.skipif(device_target() is not None, reason="checks what happens without a card")
+@pytest.mark.parametrize(
+    ("provider", "name"),
+    [("cuda", "CUDAExecutionProvider"), ("tensorrt", "TensorrtExecutionProvider")],
+)
+def test_a_provider_that_does_not_load_is_not_replaced_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, provider: Any, name: str
+) -> None:
+    monkeypatch.setenv("SN72_CACHE_DIR", str(tmp_path / "cache"))
+    library = Claiming("TensorrtExecutionProvider", "CUDAExecutionProvider")
+    monkeypatch.setattr("sn72engine.backends.onnxruntime._onnxruntime", lambda: library)
+    model = tiny_models.linear(tmp_path / "m.onnx")
+    message = rf"could not use {name} on CUDA device 0 and offers CPUExecutionProvider instead"
+    (tmp_path / "built").mkdir()
+    with pytest.raises(BuildError, match=message):
+        BACKEND.build(model, cuda(provider=provider), tmp_path / "built")
+    engine = made(tmp_path, model)
+    record = {"options": json.dumps({"provider": provider})}
+    moved = Engine(engine.folder, replace(engine.manifest, target="cuda", fingerprint=record))
+    with pytest.raises(SessionError, match=message):
+        BACKEND.open(moved, RuntimeOptions())
+    for named in library.asked:
+        if named["providers"][0][0] == name:
+            assert named["enable_fallback"] == 0
+
+
+@pytest.mark.parametrize(
+    ("present", "provider", "advice"),
+    [
+        ((), "cuda", "no CUDA provider; install onnxruntime-gpu"),
+        (("CUDAExecutionProvider",), "tensorrt", "no TensorRT provider; .*backend='tensorrt'"),
+    ],
+)
+def test_an_absent_provider_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    present: tuple[str, ...],
+    provider: Any,
+    advice: str,
+) -> None:
+    library = Claiming(*present)
+    monkeypatch.setattr(library._real, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr("sn72engine.backends.onnxruntime._onnxruntime", lambda: library)
+    model = tiny_models.linear(tmp_path / "m.onnx")
+    with pytest.raises(BuildError, match=advice):
+        BACKEND.build(model, cuda(provider=provider), tmp_path)
+
+
+def test_what_the_tensorrt_provider_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SN72_CACHE_DIR", str(tmp_path / "cache"))
+    model = tiny_models.two_by_two(tmp_path / "m.onnx")
+    asked = cuda(provider="tensorrt", workspace_bytes=1 << 20, optimization_level=2)
+    setting = Setting.of("cuda", "int8", asked.batch, asked.to_dict())
+    found = onnxruntime_providers.listed(setting, model, RuntimeOptions(device_index=3))
+    assert [name for name, _ in found] == [
+        "TensorrtExecutionProvider",
+        "CUDAExecutionProvider",
+        "CPUExecutionProvider",
+    ]
+    told = found[0][1]
+    assert told["device_id"] == found[1][1]["device_id"] == "3"
+    assert told["trt_profile_min_shapes"] == "a:1x4,b:1x4"
+    assert told["trt_profile_opt_shapes"] == "a:4x4,b:4x4"
+    assert told["trt_profile_max_shapes"] == "a:8x4,b:8x4"
+    assert told["trt_max_workspace_size"] == str(1 << 20)
+    assert told["trt_builder_optimization_level"] == "2"
+    assert (told["trt_int8_enable"], told["trt_fp16_enable"]) == ("1", "1")
+    # What it compiles is kept apart for each model: its own names do not tell weights apart.
+    other = tiny_models.linear(tmp_path / "other.onnx")
+    elsewhere = onnxruntime_providers.listed(setting, other, RuntimeOptions())[0][1]
+    assert told["trt_engine_cache_path"].startswith(str(tmp_path / "cache"))
+    assert told["trt_engine_cache_path"] != elsewhere["trt_engine_cache_path"]
 
 
 def test_an_unknown_operator_is_refused_with_its_name(tmp_path: Path) -> None:
