@@ -40,8 +40,10 @@ if TYPE_CHECKING:
     from sn72engine.metrics import Metrics as Metrics
     from sn72engine.miner import RoadworkDetector as RoadworkDetector
     from sn72engine.model import OnnxModel as OnnxModel
+    from sn72engine.pool import SessionPool as SessionPool
     from sn72engine.preprocessing import preprocess as preprocess
     from sn72engine.quantizer import quantize as quantize
+    from sn72engine.refitter import refit as refit
     from sn72engine.selection import Selection as Selection
     from sn72engine.selection import select as select
     from sn72engine.session import Session as Session
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from sn72engine.spec import RuntimeOptions as RuntimeOptions
     from sn72engine.spec import SelectOptions as SelectOptions
     from sn72engine.spec import ShapeRange as ShapeRange
+    from sn72engine.spec import TensorRTOptions as TensorRTOptions
     from sn72engine.spec import VerifyOptions as VerifyOptions
     from sn72engine.store import Store as Store
     from sn72engine.swap import Swappable as Swappable
@@ -87,12 +90,14 @@ _EXPORTS = {
     "SelectOptions": "spec",
     "Selection": "selection",
     "Session": "session",
+    "SessionPool": "pool",
     "ShadowOptions": "shadow",
     "ShapeRange": "spec",
     "StageSpec": "cascade.spec",
     "Status": "cascade.result",
     "Store": "store",
     "Swappable": "swap",
+    "TensorRTOptions": "spec",
     "ThresholdOptions": "thresholds",
     "VerifyOptions": "spec",
     "batches": "calibration",
@@ -105,6 +110,7 @@ _EXPORTS = {
     "load": "session",
     "preprocess": "preprocessing",
     "quantize": "quantizer",
+    "refit": "refitter",
     "select": "selection",
     "verify": "verifier",
 }

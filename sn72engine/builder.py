@@ -9,8 +9,10 @@ from pathlib import Path
 
 from sn72engine import fingerprint
 from sn72engine.backends import get_backend
+from sn72engine.backends.base import BuiltFiles
 from sn72engine.engine import Engine, Manifest
 from sn72engine.errors import BuildError
+from sn72engine.fingerprint import Fingerprint
 from sn72engine.model import OnnxModel
 from sn72engine.spec import BuildOptions
 from sn72engine.store import Store, describe
@@ -58,30 +60,57 @@ def build(
         started = time.perf_counter()
         built = backend.build(model, options, folder, progress=progress)
         seconds = time.perf_counter() - started
-        manifest = Manifest(
-            key=wanted.key,
-            backend=options.backend,
-            backend_version=backend.version(),
-            target=backend.target(options),
-            precision=options.precision,
-            batch=options.batch,
-            inputs=built.inputs,
-            outputs=built.outputs,
-            files=describe(folder, built.names),
-            fingerprint=wanted.to_dict(),
-            preprocess=model.preprocess,
-            quantization=model.quantization,
-            build_seconds=round(seconds, 3),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        notes = (*built.notes, *_unrecorded(model), *try_engine(Engine(folder, manifest)))
-        return replace(manifest, notes=notes)
+        target = backend.target(options)
+        return describe_build(model, options, wanted, target, folder, built, seconds)
 
     return store.get_or_build(wanted, make)
 
 
+def describe_build(
+    model: OnnxModel,
+    options: BuildOptions,
+    wanted: Fingerprint,
+    target: str,
+    folder: Path,
+    built: BuiltFiles,
+    seconds: float,
+) -> Manifest:
+    """Try a new engine and write its manifest.
+
+    Args:
+        model: what it was made from.
+        options: with the precision resolved.
+        wanted: its fingerprint.
+        target: what it runs on.
+        folder: where its files lie.
+        built: what the backend wrote there.
+        seconds: that this took.
+
+    Raises:
+        BuildError: it computes nonsense.
+    """
+    manifest = Manifest(
+        key=wanted.key,
+        backend=options.backend,
+        backend_version=wanted.backend_version,
+        target=target,
+        precision=options.precision,
+        batch=options.batch,
+        inputs=built.inputs,
+        outputs=built.outputs,
+        files=describe(folder, built.names),
+        fingerprint=wanted.to_dict(),
+        preprocess=model.preprocess,
+        quantization=model.quantization,
+        build_seconds=round(seconds, 3),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    notes = (*built.notes, *_unrecorded(model), *try_engine(Engine(folder, manifest)))
+    return replace(manifest, notes=notes)
+
+
 def _unrecorded(model: OnnxModel) -> tuple[str, ...]:
-    if model.precision == "int8" and model.quantization is None:
+    if model.quantised and model.quantization is None:
         return ("quantised by another tool: nothing is recorded of its calibration",)
     return ()
 
@@ -89,29 +118,29 @@ def _unrecorded(model: OnnxModel) -> tuple[str, ...]:
 def resolve_precision(model: OnnxModel, options: BuildOptions) -> BuildOptions:
     """The options with the precision that the engine will have.
 
-    The option speaks of float models. A Q/DQ file is built as ``int8``, whoever quantised it;
+    The option speaks of float models. A Q/DQ file is built as what it is, whoever quantised it;
     the default then resolves to that, so that one engine has one fingerprint.
 
     Raises:
-        BuildError: ``int8`` for a model that is not quantised, ``fp16`` for one that is, or
+        BuildError: a quantised format that the model is not in, ``fp16`` for a quantised one, or
             ``fp32`` for a float16 file.
     """
     asked, held = options.precision, model.precision
-    if asked == "int8" and held != "int8":
+    if asked not in ("fp32", "fp16") and asked != held:
         raise BuildError(
-            f"precision='int8' needs a quantised model, and {model.path.name} is {held}: run "
-            "quantize first"
+            f"precision={asked!r} needs a quantised model of that kind, and {model.path.name} is "
+            f"{held}: run quantize first"
         )
-    if held == "int8" and asked == "fp16":
+    if model.quantised and asked == "fp16":
         raise BuildError(
-            f"{model.path.name} is quantised: build it with precision='int8', which keeps the "
+            f"{model.path.name} is quantised: build it with precision={held!r}, which keeps the "
             "other layers in float16 on TensorRT and in float32 on a CPU"
         )
     if held == "fp16" and asked == "fp32":
         raise BuildError(
             f"{model.path.name} is float16: build it with precision='fp16', or export it in float32"
         )
-    return replace(options, precision="int8") if held == "int8" else options
+    return replace(options, precision=held) if model.quantised else options
 
 
 def check_batch(model: OnnxModel, options: BuildOptions) -> None:

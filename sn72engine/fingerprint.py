@@ -23,6 +23,8 @@ backend_version,          patch or suffix       soft  the engine file is plain O
   onnxruntime, openvino                               later release reads; patches fix bugs only
 backend_version,          any number            hard  the runtime refuses an engine of any other
   tensorrt, tensorrt_rtx                              release, patch releases included
+the same, built with      later, same major     soft  such an engine carries, or names, the runtime
+  ``version_compatible``                              of the release that built it
 backend_version,          suffix (``.post1``,   soft  the same library, packaged again
   tensorrt, tensorrt_rtx  ``+cu13``)
 backend_version, others   any                   hard  nothing is known about their files
@@ -143,16 +145,20 @@ def of(model: OnnxModel, options: BuildOptions, backend: Backend) -> Fingerprint
     """
     build = options.to_dict()
     del build["backend"], build["target"]
-    preprocess = model.preprocess.to_dict() if model.preprocess else None
     device = backend.target(options)
     return Fingerprint(
         model_sha256=model.sha256(),
-        preprocess_sha256=sha256_json(preprocess),
+        preprocess_sha256=of_preprocess(model),
         options=canonical_json(build),
         backend=backend.name,
         backend_version=backend.version(),
         target=_on_this_platform(device),
     )
+
+
+def of_preprocess(model: OnnxModel) -> str:
+    """Hash of a model's preprocessing, a fixed value when there is none."""
+    return sha256_json(model.preprocess.to_dict() if model.preprocess else None)
 
 
 def here(stored: Fingerprint, backend: Backend) -> Fingerprint:
@@ -177,7 +183,7 @@ def compare(stored: Fingerprint, wanted: Fingerprint) -> tuple[Mismatch, ...]:
         if name == "options":
             found += _compare_options(json.loads(old), json.loads(new))
         elif name == "backend_version" and stored.backend == wanted.backend:
-            found.append(_compare_versions(stored.backend, old, new))
+            found.append(_compare_versions(stored, old, new))
         elif name == "backend_version":
             found.append(_differs(name, old, new, "each backend has its own; build again"))
         else:
@@ -263,13 +269,16 @@ def _compare_options(stored: Any, wanted: Any) -> list[Mismatch]:
     ]
 
 
-def _compare_versions(backend: str, old: str, new: str) -> Mismatch:
-    field = "backend_version"
+def _compare_versions(stored: Fingerprint, old: str, new: str) -> Mismatch:
+    field, backend = "backend_version", stored.backend
     before, after = _NUMBERS.match(old), _NUMBERS.match(new)
     if backend not in _VERSION_NUMBERS or before is None or after is None:
         return _differs(
             field, old, new, f"nothing is known about other {backend} releases; build again"
         )
+    if _version_compatible(stored) and _later_of_same_major(before.group(), after.group()):
+        advice = "the engine was built to be used by later releases"
+        return _differs(field, old, new, advice, "soft")
     count = _VERSION_NUMBERS[backend]
     if before.group().split(".")[:count] != after.group().split(".")[:count]:
         advice = (
@@ -284,3 +293,14 @@ def _compare_versions(backend: str, old: str, new: str) -> Mismatch:
         else "the file is plain ONNX, which this release reads; the engine may be used"
     )
     return _differs(field, old, new, advice, "soft")
+
+
+def _version_compatible(stored: Fingerprint) -> bool:
+    options = json.loads(stored.options)
+    tensorrt = options.get("tensorrt") if isinstance(options, dict) else None
+    return isinstance(tensorrt, dict) and tensorrt.get("version_compatible") is True
+
+
+def _later_of_same_major(before: str, after: str) -> bool:
+    old, new = ([int(part) for part in text.split(".")] for text in (before, after))
+    return old[0] == new[0] and old < new

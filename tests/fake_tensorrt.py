@@ -12,7 +12,7 @@ import enum
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +28,8 @@ class Plan:
 
     ``profiles`` map input names to smallest, tuned and largest shapes; ``outputs`` output names to
     shapes where "batch" stands for the batch and -1 for what depends on values. ``refuse`` names
-    methods that report failure.
+    methods that report failure, ``missing`` weights that no model has; ``weights`` is the file
+    that an engine was refitted from.
     """
 
     profiles: list[dict[str, list[list[int]]]]
@@ -36,6 +37,8 @@ class Plan:
     scratch: list[int] = field(default_factory=lambda: [64])
     streamable: int = 0
     refuse: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    weights: str = ""
 
     def to_bytes(self) -> bytes:
         """The engine file."""
@@ -116,6 +119,12 @@ class Library:
 
         self.Runtime = Runtime
 
+    class SerializationFlag(enum.Enum):
+        """What to leave out of a file."""
+
+        EXCLUDE_WEIGHTS = 0
+        EXCLUDE_LEAN_RUNTIME = 1
+
     class ILogger:
         """Base of the application's logger."""
 
@@ -141,6 +150,58 @@ class Library:
         LAZY = 0
         EAGER = 1
         NONE = 2
+
+
+class Refitter:
+    """Takes weights for an engine."""
+
+    def __init__(self, engine: ICudaEngine, logger: Any) -> None:
+        self._engine, self._logger = engine, logger
+
+    def get_missing_weights(self) -> list[str]:
+        """Those that were not given."""
+        return self._engine._plan.missing
+
+    def refit_cuda_engine(self) -> bool:
+        """Put them in."""
+        if "refit_cuda_engine" not in self._engine._plan.refuse:
+            return True
+        self._logger.log(SimpleNamespace(name="ERROR"), "refit failed")
+        return False
+
+
+class OnnxParserRefitter:
+    """Reads weights from an ONNX file."""
+
+    num_errors = 1
+
+    def __init__(self, refitter: Refitter, logger: Any) -> None:
+        self._engine = refitter._engine
+
+    def refit_from_file(self, model: str) -> bool:
+        """Note the file."""
+        self._engine._plan.weights = model
+        return "refit_from_file" not in self._engine._plan.refuse
+
+    def get_error(self, index: int) -> Any:
+        """The one reason there is."""
+        return SimpleNamespace(desc=lambda: "weight w has another shape")
+
+
+class ISerializationConfig:
+    """What to write into an engine file."""
+
+    def __init__(self) -> None:
+        self._flags = set(Library.SerializationFlag)
+
+    def clear_flag(self, flag: Any) -> bool:
+        """Do not leave that out."""
+        self._flags.discard(flag)
+        return True
+
+
+Library.Refitter = Refitter  # type: ignore[attr-defined]
+Library.OnnxParserRefitter = OnnxParserRefitter  # type: ignore[attr-defined]
 
 
 class IRuntimeCache:
@@ -214,6 +275,16 @@ class ICudaEngine:
     def get_weight_streaming_automatic_budget(self) -> int:
         """Half."""
         return self._plan.streamable // 2
+
+    def create_serialization_config(self) -> ISerializationConfig:
+        """Everything left out that can be."""
+        return ISerializationConfig()
+
+    def serialize_with_config(self, arg0: ISerializationConfig) -> bytes:
+        """The file, with weights where they are not left out."""
+        plan = self._plan
+        whole = Library.SerializationFlag.EXCLUDE_WEIGHTS not in arg0._flags
+        return replace(plan, weights=plan.weights if whole else "").to_bytes()
 
     def create_runtime_config(self) -> IRuntimeConfig:
         """The defaults."""

@@ -21,6 +21,7 @@ from sn72engine.backends.tensorrt_config import add_profiles, configure, refuse
 from sn72engine.backends.tensorrt_device import device_target as device_target
 from sn72engine.backends.tensorrt_device import runs_on
 from sn72engine.backends.tensorrt_log import advise, explain, make_logger, warnings
+from sn72engine.backends.tensorrt_refit import refitted
 from sn72engine.backends.tensorrt_runner import TensorRTRunner, numpy_name, open_runner
 from sn72engine.engine import Engine
 from sn72engine.errors import BuildError, SessionError
@@ -120,6 +121,31 @@ class TensorRTBackend:
         notes = (*notes, *warnings(logger.messages))
         return BuiltFiles((_FILE,), model.inputs, model.outputs, notes)
 
+    def refit(
+        self, engine: Engine, model: OnnxModel, options: BuildOptions, folder: Path
+    ) -> BuiltFiles:
+        """Write ``model.engine`` with the weights of ``model`` in it.
+
+        Args:
+            engine: built with ``refit``.
+            model: whose weights to take.
+            options: how the engine was built.
+            folder: where to write.
+
+        Raises:
+            BuildError: the card is not here, or TensorRT refuses the engine or the weights.
+        """
+        wanted, present = engine.manifest.target, device_target()
+        if not runs_on(wanted, present):
+            raise BuildError(
+                f"an engine for {wanted} is refitted on that card, and this machine has "
+                f"{present or 'none'}; refit it there"
+            )
+        with tempfile.TemporaryDirectory(prefix="sn72-") as scratch:
+            source, notes = as_typed(model, options, Path(scratch))
+            (folder / _FILE).write_bytes(refitted(self._library(), engine, source))
+        return BuiltFiles((_FILE,), model.inputs, model.outputs, notes)
+
     def open(self, engine: Engine, options: RuntimeOptions) -> TensorRTRunner:
         """Load an engine on a CUDA device.
 
@@ -154,7 +180,7 @@ def as_typed(model: OnnxModel, options: BuildOptions, folder: Path) -> tuple[Pat
     Raises:
         BuildError: it cannot be converted.
     """
-    if options.precision not in ("fp16", "int8") or model.inputs[0].dtype == "float16":
+    if options.precision == "fp32" or model.inputs[0].dtype == "float16":
         return model.path, ()
     target = folder / "half.onnx"
     return target, to_half(model.path, target)

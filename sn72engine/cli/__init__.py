@@ -32,6 +32,7 @@ COMMANDS = (
     "export",
     "quantize",
     "build",
+    "refit",
     "verify",
     "inspect",
     "compare",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from sn72engine.cli import tensorrt_flags
 from sn72engine.cli.outcome import Outcome, batch_range, megabytes, table
 from sn72engine.errors import OptionError
 from sn72engine.spec import (
     BuildOptions,
     CalibrationOptions,
+    Precision,
+    Provider,
     RuntimeOptions,
     SelectOptions,
     ShapeRange,
@@ -28,6 +31,8 @@ EXAMPLES = """\
   sn72engine build model.onnx --backend tensorrt --precision fp16     # TensorRT, this GPU
   sn72engine build model.onnx --backend tensorrt_rtx --target sm_89 \\
       --precision fp16 --batch 1:8:32                                  # an RTX 4090, from anywhere
+  sn72engine build model.onnx --backend tensorrt_rtx --target sm_86,sm_89,sm_120 \\
+      --precision fp16 --profile 1:1:1 --profile 2:16:32               # three cards, two tunings
 """
 
 
@@ -40,13 +45,30 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=BuildOptions().backend,
         help="auto compares those for a CPU on --data and takes the fastest that is right",
     )
-    parser.add_argument("--target", default="", help="cpu, cuda, or sm_89 and the like")
-    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32")
     parser.add_argument(
-        "--batch", type=batch_range, default=ShapeRange(), metavar="MIN:OPT:MAX", help="1:8:32"
+        "--target", default="", help="cpu, cuda, or sm_89 and the like; sm_86,sm_89 for both"
+    )
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32")
+    parser.add_argument(
+        "--batch", type=batch_range, metavar="MIN:OPT:MAX", help="1:8:32, the default"
+    )
+    parser.add_argument(
+        "--profile",
+        type=batch_range,
+        action="append",
+        default=[],
+        metavar="MIN:OPT:MAX",
+        help="range that TensorRT tunes by itself; may be repeated, in ascending order",
+    )
+    parser.add_argument(
+        "--provider",
+        choices=get_args(Provider),
+        default=BuildOptions().provider,
+        help="of --backend onnxruntime on a card",
     )
     parser.add_argument("--workspace-mb", type=int, help="limit of the builder's scratch memory")
     parser.add_argument("--optimization-level", type=int, help="builder effort, 0 to 5")
+    tensorrt_flags.add(parser)
     auto = parser.add_argument_group("with --backend auto")
     auto.add_argument("--data", type=Path, help="images to compare on: folder, CSV or .npz")
     auto.add_argument("--quantized", type=Path, help="Q/DQ file of the same model, to compare too")
@@ -68,16 +90,27 @@ def execute(options: argparse.Namespace) -> Outcome:
         OnnxModel.open(options.model),
         BuildOptions(
             backend=options.backend,
-            batch=options.batch,
+            batch=_batch(options),
+            profiles=tuple(options.profile),
             precision=options.precision,
             target=options.target,
+            provider=options.provider,
             workspace_bytes=options.workspace_mb and options.workspace_mb << 20,
             optimization_level=options.optimization_level,
+            tensorrt=tensorrt_flags.read(options),
         ),
     )
     return Outcome(
         {"folder": str(engine.folder), "manifest": engine.manifest.to_dict()}, _describe(engine)
     )
+
+
+def _batch(options: argparse.Namespace) -> ShapeRange:
+    """What was asked for, or what the profiles reach over."""
+    if options.batch or not options.profile:
+        return options.batch or ShapeRange()
+    low, high = options.profile[0].min, options.profile[-1].max
+    return ShapeRange(low, min(max(options.profile[-1].opt, low), high), high)
 
 
 def _select(options: argparse.Namespace) -> Outcome:
@@ -108,7 +141,7 @@ def _select(options: argparse.Namespace) -> Outcome:
     models = {"fp32": model}
     if options.quantized is not None:
         models["int8"] = OnnxModel.open(options.quantized)
-    runtime, batch = RuntimeOptions(threads=options.threads), options.batch
+    runtime, batch = RuntimeOptions(threads=options.threads), _batch(options)
     size = min(max(CalibrationOptions().batch_size, batch.min), batch.max)
     calibration = CalibrationOptions(batch_size=size, limit=options.limit, minimum=1)
     data = batches(options.data, model.preprocess, calibration)

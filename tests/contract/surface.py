@@ -39,6 +39,13 @@ OWNERS: dict[str, dict[str, str]] = {
         "_cached": "IRuntimeCache",
     },
     "backends/tensorrt_log.py": {},
+    "backends/tensorrt_refit.py": {
+        "runtime": "Runtime",
+        "loaded": "ICudaEngine",
+        "refitter": "Refitter",
+        "parser": "OnnxParserRefitter",
+        "wanted": "ISerializationConfig",
+    },
     "backends/tensorrt_runner.py": {"context": "IExecutionContext"},
 }
 

@@ -16,7 +16,7 @@ from sn72engine import fingerprint
 from sn72engine.errors import EngineMismatchError, OptionError
 from sn72engine.fingerprint import Fingerprint, canonical_json, check, compare
 from sn72engine.model import OnnxModel
-from sn72engine.spec import BuildOptions, Preprocess, ShapeRange
+from sn72engine.spec import BuildOptions, Preprocess, ShapeRange, TensorRTOptions
 
 SHA256 = st.text("0123456789abcdef", min_size=64, max_size=64)
 TEXT = st.text(min_size=1, max_size=12)
@@ -219,6 +219,68 @@ def test_of_tells_build_options_apart(model: OnnxModel, field: str, options: Bui
     stored = fingerprint.of(model, BuildOptions(), StubBackend())
     wanted = fingerprint.of(model, options, StubBackend())
     assert [m.field for m in compare(stored, wanted)] == [field]
+
+
+#: A value for each option that differs from its default; the others must go with it.
+TENSORRT = {
+    "tactic_bytes": {"tactic_bytes": 1 << 20},
+    "max_tactics": {"max_tactics": 3},
+    "tactic_sources": {"tactic_sources": ()},
+    "tiling": {"tiling": "fast"},
+    "l2_tiling_bytes": {"l2_tiling_bytes": 1},
+    "aux_streams": {"aux_streams": 0},
+    "hardware_compatibility": {"hardware_compatibility": "ampere_plus"},
+    "version_compatible": {"version_compatible": True},
+    "exclude_lean_runtime": {"version_compatible": True, "exclude_lean_runtime": True},
+    "weight_streaming": {"weight_streaming": True},
+    "refit": {"refit": "any"},
+    "strip_weights": {"refit": "any", "strip_weights": True},
+    "profiling": {"profiling": "none"},
+    "user_allocation": {"user_allocation": True},
+    "plugins": {"plugins": ("layernorm_gelu",)},
+}
+
+
+def test_every_tensorrt_option_makes_another_engine(model: OnnxModel) -> None:
+    assert set(TENSORRT) == {f.name for f in dataclasses.fields(TensorRTOptions)}
+    default = BuildOptions(backend="tensorrt")
+    ranges = (ShapeRange(1, 1, 1), ShapeRange(2, 8, 32))
+    asked = [
+        default,
+        dataclasses.replace(default, profiles=ranges),
+        *(
+            dataclasses.replace(default, tensorrt=TensorRTOptions(**values))  # type: ignore[arg-type]
+            for values in TENSORRT.values()
+        ),
+    ]
+    keys = {fingerprint.of(model, options, StubBackend()).key for options in asked}
+    assert len(keys) == len(asked)
+
+
+def test_the_provider_makes_another_engine(model: OnnxModel) -> None:
+    stored, wanted = (
+        fingerprint.of(model, BuildOptions(target="cuda", provider=name), StubBackend())
+        for name in ("cuda", "tensorrt")
+    )
+    assert [m.field for m in compare(stored, wanted)] == ["options.provider"]
+
+
+@pytest.mark.parametrize(
+    ("compatible", "old", "new", "kind"),
+    [
+        (True, "10.13.2", "10.16.1", "soft"),
+        (True, "10.16.1", "10.13.2", "hard"),
+        (True, "10.16.1", "11.0.0", "hard"),
+        (False, "10.13.2", "10.16.1", "hard"),
+    ],
+)
+def test_version_compatible_engines_may_be_used_by_later_releases(
+    compatible: bool, old: str, new: str, kind: str
+) -> None:
+    options = canonical_json({"tensorrt": {"version_compatible": compatible}})
+    stored = Fingerprint("a" * 64, "b" * 64, options, "tensorrt", old, "sm_89")
+    (found,) = compare(stored, dataclasses.replace(stored, backend_version=new))
+    assert (found.field, found.kind) == ("backend_version", kind)
 
 
 def test_every_build_option_is_in_the_fingerprint(model: OnnxModel) -> None:

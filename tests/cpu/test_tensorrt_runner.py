@@ -138,6 +138,9 @@ def test_the_fake_has_the_names_and_parameters_of_the_library(surface: Any) -> N
         fake_tensorrt.IExecutionContext,
         fake_tensorrt.IRuntimeConfig,
         fake_tensorrt.IRuntimeCache,
+        fake_tensorrt.ISerializationConfig,
+        fake_tensorrt.Refitter,
+        fake_tensorrt.OnnxParserRefitter,
         library.Runtime,  # type: ignore[attr-defined]
     ):
         if not surface.concerns(kind.__name__):
