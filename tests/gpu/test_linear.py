@@ -8,16 +8,15 @@ import torch
 import sn72kernels
 from sn72kernels.ops.linear import op, reference
 from sn72kernels.testing import (
-    assert_capturable,
     assert_close,
     assert_same,
-    assert_stream_safe,
     poisoned,
 )
+from tests.gpu.support import DEVICE, check_graph_and_streams, compiled, seeded, sizes
 
 
 def make(rows: int, depth: int, units: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x, w = (torch.randn(n, depth, generator=generator) for n in (rows, units))
     xq, wq = (sn72kernels.quantize(t, granularity="token", dtype=dtype) for t in (x, w))
     return [*xq, *wq, torch.randn(units, generator=generator)]
@@ -25,12 +24,14 @@ def make(rows: int, depth: int, units: int, dtype: torch.dtype, seed: int) -> li
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("shape", [(1, 32, 1), (16, 1024, 256), (50, 1000, 300), (200, 768, 768)])
+@pytest.mark.parametrize(
+    "shape", sizes([(1, 32, 1), (16, 1024, 256), (50, 1000, 300), (200, 768, 768)], [(5, 100, 30)])
+)
 def test_against_the_reference(
     shape: tuple[int, int, int], activation: str, dtype: torch.dtype
 ) -> None:
     arguments = make(*shape, dtype, 0)
-    on_card = [t.cuda() for t in arguments]
+    on_card = [t.to(DEVICE) for t in arguments]
     with poisoned():
         have = op.launch_linear(*on_card, activation, torch.float16)
     if dtype == torch.int8 and activation == "none":
@@ -47,7 +48,6 @@ def call(*arguments: torch.Tensor) -> tuple[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_graph_streams_and_torch_compile(dtype: torch.dtype) -> None:
-    first, second = ([t.cuda() for t in make(16, 256, 64, dtype, seed)] for seed in (0, 1))
-    assert_capturable(call, first, second)
-    assert_stream_safe(call, first, second)
-    assert_same(torch.compile(call, fullgraph=True)(*first), call(*first))
+    first, second = ([t.to(DEVICE) for t in make(16, 256, 64, dtype, seed)] for seed in (0, 1))
+    check_graph_and_streams(call, first, second)
+    assert_same(compiled(call)(*first), call(*first))

@@ -7,13 +7,14 @@ import torch
 
 import sn72kernels
 from sn72kernels.ops.quantize import op, reference
-from sn72kernels.testing import assert_capturable, assert_same, assert_stream_safe, poisoned
+from sn72kernels.testing import assert_same, poisoned
+from tests.gpu.support import DEVICE, check_graph_and_streams, compiled, seeded, sizes
 
 FP8 = torch.float8_e4m3fn
 
 
 def make(rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     magnitude = 10.0 ** torch.randint(-5, 3, (rows, cols), generator=generator)
     x = torch.randn(rows, cols, generator=generator) * magnitude
     x[torch.rand(rows, cols, generator=generator) < 0.05] = float("nan")
@@ -28,24 +29,26 @@ def codes(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "token"])
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (33, 1000), (577, 1024), (5, 20001)])
+@pytest.mark.parametrize(
+    "shape", sizes([(0, 8), (1, 1), (33, 1000), (577, 1024), (5, 20001)], [(3, 100), (2, 20001)])
+)
 def test_same_bits_as_the_cpu(
     shape: tuple[int, int], granularity: str, fp8: bool, dtype: torch.dtype
 ) -> None:
     x = make(*shape, dtype)
     scale = reference.scale_of(x, granularity, fp8)
     torch.testing.assert_close(
-        reference.scale_of(x.cuda(), granularity, fp8).cpu(), scale, rtol=0, atol=0
+        reference.scale_of(x.to(DEVICE), granularity, fp8).cpu(), scale, rtol=0, atol=0
     )
     want = reference.quantize_static(x, scale, granularity, fp8)
     with poisoned():
-        have = op.launch_static(x.cuda(), scale.cuda(), granularity, fp8)
+        have = op.launch_static(x.to(DEVICE), scale.to(DEVICE), granularity, fp8)
     assert_same([codes(have)], [codes(want)])
     for out in (torch.float32, torch.float16, torch.bfloat16):
-        back = op.launch_dequantize(have, scale.cuda(), granularity, out)
+        back = op.launch_dequantize(have, scale.to(DEVICE), granularity, out)
         assert_same([back], [reference.dequantize(want, scale, granularity, out)])
     if granularity == "token":
-        values, scales = op.launch_token(x.cuda(), fp8)
+        values, scales = op.launch_token(x.to(DEVICE), fp8)
         assert_same([codes(values), scales], [codes(want), scale])
 
 
@@ -56,7 +59,7 @@ def test_every_float32_step_near_every_fp8_boundary() -> None:
     near = (middle[:, None] + torch.arange(-3, 4, dtype=torch.int32)).view(torch.float32)
     near = torch.cat((near, -near))
     one = torch.ones(())
-    have = op.launch_static(near.cuda(), one.cuda(), "tensor", True)
+    have = op.launch_static(near.to(DEVICE), one.to(DEVICE), "tensor", True)
     assert_same([codes(have)], [codes(reference.quantize_static(near, one, "tensor", True))])
 
 
@@ -66,7 +69,9 @@ def call(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def test_graph_streams_and_torch_compile() -> None:
-    first, second = make(64, 768, torch.float16).cuda(), make(64, 768, torch.float16, 1).cuda()
-    assert_capturable(call, (first,), (second,))
-    assert_stream_safe(call, (first,), (second,))
-    assert_same(torch.compile(call, fullgraph=True)(first), call(first))
+    first, second = (
+        make(64, 768, torch.float16).to(DEVICE),
+        make(64, 768, torch.float16, 1).to(DEVICE),
+    )
+    check_graph_and_streams(call, (first,), (second,))
+    assert_same(compiled(call)(first), call(first))

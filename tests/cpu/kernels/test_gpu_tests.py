@@ -1,0 +1,61 @@
+"""The tests for a card, as far as they can be run without one.
+
+In a process of their own, on the CPU, kernels under Triton's interpreter, at small sizes. That
+finds in CI what would otherwise be found when a card is there: typing errors and wrong arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sn72kernels import OPS
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ROOT = Path(__file__).parents[3]
+# Each of these is there for the card only.
+NEEDS_A_CARD = ("test_csrc.py", "test_executors")
+
+
+def gpu_tests(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "SN72_GPU_TESTS_SEED": "0", **variables}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_bodies_run_on_the_interpreter(tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    done = gpu_tests(
+        "--show-capture=no", "-p", "benchmarks.pytest_outcomes", f"--outcomes={record}",
+        SN72_GPU_TESTS_ON_INTERPRETER="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert lines.pop(0)["collected"] == len(lines)
+    ran = [line["test"] for line in lines if line["outcome"] == "passed"]
+    skipped = [line for line in lines if line["outcome"] == "skipped"]
+    assert not skipped, skipped
+    for path in (ROOT / "tests" / "gpu").glob("test_*.py"):
+        if not path.name.startswith(NEEDS_A_CARD):
+            assert any(path.name in name for name in ran), f"nothing of {path.name} ran"
+    for op in set(OPS.values()):
+        assert any(f"test_{op}.py" in name for name in ran), op
+
+
+def test_without_a_card_they_are_skipped_with_the_reason() -> None:
+    done = gpu_tests("-rs", "-k", "vote", SN72_GPU_TESTS_ON_INTERPRETER="", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"no CUDA device is visible to torch [\d.]+", done.stdout)
+    assert re.search(r"\d+ skipped", done.stdout)
+    assert "passed" not in done.stdout
