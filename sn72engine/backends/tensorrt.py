@@ -21,6 +21,7 @@ from sn72engine.backends.tensorrt_config import add_profiles, configure, refuse
 from sn72engine.backends.tensorrt_device import device_target as device_target
 from sn72engine.backends.tensorrt_device import runs_on
 from sn72engine.backends.tensorrt_log import advise, explain, make_logger, warnings
+from sn72engine.backends.tensorrt_plugin import fuse, register
 from sn72engine.backends.tensorrt_refit import refitted
 from sn72engine.backends.tensorrt_runner import TensorRTRunner, numpy_name, open_runner
 from sn72engine.engine import Engine
@@ -99,9 +100,12 @@ class TensorRTBackend:
         configure(trt, config, self.name, options, target, logger)
         with tempfile.TemporaryDirectory(prefix="sn72-") as scratch:
             source, notes = as_typed(model, options, Path(scratch))
-            network = builder.create_network(
-                1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-            )
+            flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+            if options.tensorrt.plugins:
+                source, more = self._with_plugins(source, Path(scratch), present)
+                notes += more
+                flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+            network = builder.create_network(flags)
             # The network may point into the parser's weights: it lives until the build is done.
             parser = trt.OnnxParser(network, logger)
             _parse(parser, source, model.path.name, logger)
@@ -166,6 +170,20 @@ class TensorRTBackend:
                 f"is {present}; build it again with target='cuda' on this machine"
             )
         return open_runner(self._library(), engine, options)
+
+    def _with_plugins(
+        self, source: Path, folder: Path, present: str | None
+    ) -> tuple[Path, tuple[str, ...]]:
+        """The ONNX file with its patterns replaced, each made known to the library."""
+        if present is None:  # the target would have been refused
+            raise BuildError("plugins are compiled for the card, and no CUDA device is present")
+        fused = folder / "fused.onnx"
+        plugins = fuse(source, fused, int(present[3:]))
+        if not plugins:
+            return source, ("no plugin fits this model: it has no LayerNormalization before Gelu",)
+        trtp = _deps.require(self.name, purpose="build plugins", submodule="plugin")
+        names = [register(trtp, plugin) for plugin in plugins]
+        return fused, (f"plugins: {', '.join(names)}",)
 
     def _library(self) -> Any:
         return _deps.require(self.name, purpose=f"build and run {self.name} engines")

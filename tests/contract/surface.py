@@ -39,6 +39,7 @@ OWNERS: dict[str, dict[str, str]] = {
         "_cached": "IRuntimeCache",
     },
     "backends/tensorrt_log.py": {},
+    "backends/tensorrt_plugin.py": {"trtp": "plugin"},
     "backends/tensorrt_refit.py": {
         "runtime": "Runtime",
         "loaded": "ICudaEngine",
@@ -61,6 +62,8 @@ ONE_LIBRARY = {
     "IRuntimeConfig.cuda_graph_strategy": "tensorrt_rtx",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy": "tensorrt_rtx",
     "IRuntimeConfig.set_runtime_cache": "tensorrt_rtx",
+    "NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS": "tensorrt",
+    "plugin": "tensorrt",
 }
 
 
