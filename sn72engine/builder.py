@@ -123,9 +123,14 @@ def resolve_precision(model: OnnxModel, options: BuildOptions) -> BuildOptions:
 
     Raises:
         BuildError: a quantised format that the model is not in, ``fp16`` for a quantised one, or
-            ``fp32`` for a float16 file.
+            another type than its own for a float16 or bfloat16 file.
     """
     asked, held = options.precision, model.precision
+    if asked == "bf16" and asked != held:
+        raise BuildError(
+            f"precision='bf16' needs a bfloat16 model, and {model.path.name} is {held}: export the "
+            "module in that type (module.bfloat16())"
+        )
     if asked not in ("fp32", "fp16") and asked != held:
         raise BuildError(
             f"precision={asked!r} needs a quantised model of that kind, and {model.path.name} is "
@@ -136,9 +141,10 @@ def resolve_precision(model: OnnxModel, options: BuildOptions) -> BuildOptions:
             f"{model.path.name} is quantised: build it with precision={held!r}, which keeps the "
             "other layers in float16 on TensorRT and in float32 on a CPU"
         )
-    if held == "fp16" and asked == "fp32":
+    if held in ("fp16", "bf16") and asked != held:
         raise BuildError(
-            f"{model.path.name} is float16: build it with precision='fp16', or export it in float32"
+            f"{model.path.name} is {model.weights}: build it with precision={held!r}, or export it "
+            "in float32"
         )
     return replace(options, precision=held) if model.quantised else options
 

@@ -18,9 +18,10 @@ Fit = Literal["center_crop", "squash", "pad"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box"]
 Layout = Literal["nchw", "nhwc"]
 FloatType = Literal["float32", "float16"]
+WeightType = Literal["float32", "float16", "bfloat16"]
 QuantizedPrecision = Literal["int8", "fp8", "nvfp4", "mxfp8"]
 #: Of a model or engine as a whole; ``mixed`` holds layers of several quantised formats.
-Precision = Literal["fp32", "fp16", "int8", "fp8", "nvfp4", "mxfp8", "mixed"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "nvfp4", "mxfp8", "mixed"]
 #: What an override may ask of a layer.
 LayerPrecision = Literal["int8", "fp8", "nvfp4", "mxfp8", "float"]
 CalibrationMethod = Literal["auto", "entropy", "max", "smoothquant"]
@@ -443,8 +444,9 @@ class BuildOptions(Options):
         profiles: ranges of batch sizes that TensorRT tunes separately, in ascending order and
             together covering ``batch``; () tunes ``batch`` as one. A session takes the profile
             that is tuned for the size nearest to each call's.
-        precision: of a float model's arithmetic, ``fp32`` or ``fp16``. A Q/DQ model says
-            ``int8`` and keeps its other layers in ``fp16`` on TensorRT and ``fp32`` on a CPU.
+        precision: of a float32 model's arithmetic, ``fp32`` or ``fp16``; a float16 or bfloat16
+            file says ``fp16`` or ``bf16``. A Q/DQ model says its format, such as ``int8``, and
+            keeps its other layers in ``fp16`` on TensorRT and ``fp32`` on a CPU.
         target: what the engine is for: ``cpu``, ``cuda`` (the card present) or, for
             ``tensorrt_rtx``, compute capabilities such as ``sm_89`` or ``sm_86,sm_89,sm_120``,
             all of which one file serves. Empty chooses ``cuda`` for TensorRT and ``cpu`` for

@@ -198,7 +198,7 @@ def as_typed(model: OnnxModel, options: BuildOptions, folder: Path) -> tuple[Pat
     Raises:
         BuildError: it cannot be converted.
     """
-    if options.precision == "fp32" or model.inputs[0].dtype == "float16":
+    if options.precision in ("fp32", "bf16") or model.weights == "float16":
         return model.path, ()
     target = folder / "half.onnx"
     return target, to_half(model.path, target)

@@ -211,8 +211,8 @@ def register(trtp: Any, plugin: LayerNormGelu, *, lazily: bool = False) -> str:
             return x.like()
 
         def launch(x, weight, bias, outputs, tactic):  # type: ignore[no-untyped-def]
-            types = tuple(_TRITON_TYPES[tensor.dtype.name] for tensor in (x, weight, bias))
-            kernel = compile_kernel(plugin, types)
+            first, second, third = (_TRITON_TYPES[t.dtype.name] for t in (x, weight, bias))
+            kernel = compile_kernel(plugin, (first, second, third))
             rows = trtp.cdiv(x.shape_expr.numel(), plugin.cols)
             how = trtp.KernelLaunchParams(
                 grid_x=trtp.cdiv(rows, kernel.rows),

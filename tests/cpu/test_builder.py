@@ -140,10 +140,14 @@ def test_precision_that_the_file_cannot_have(tmp_path: Path) -> None:
         resolve_precision(plain, BuildOptions(precision="int8"))
     with pytest.raises(BuildError, match=r"q\.onnx is quantised: build it with precision='int8'"):
         resolve_precision(quantised, BuildOptions(precision="fp16"))
-    half = replace(plain, inputs=(TensorSpec("x", "float16", ("N", 4)),))
-    with pytest.raises(BuildError, match=r"m\.onnx is float16: build it with precision='fp16'"):
-        resolve_precision(half, BuildOptions())
-    assert resolve_precision(half, BuildOptions(precision="fp16")).precision == "fp16"
+    for weights, precision in (("float16", "fp16"), ("bfloat16", "bf16")):
+        typed = replace(plain, weights=weights)
+        message = rf"m\.onnx is {weights}: build it with precision='{precision}'"
+        with pytest.raises(BuildError, match=message):
+            resolve_precision(typed, BuildOptions())
+        assert resolve_precision(typed, BuildOptions(precision=precision)).precision == precision
+    with pytest.raises(BuildError, match=r"m\.onnx is fp32: export .* \(module\.bfloat16\(\)\)"):
+        resolve_precision(plain, BuildOptions(precision="bf16"))
 
 
 @given(
