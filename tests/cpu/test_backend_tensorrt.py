@@ -500,6 +500,9 @@ def test_the_bar_reaches_its_end(
         ("Attention operation was not supported by a dedicated kernel", "opset below 23"),
         ("cudaError 35: CUDA driver version is insufficient", "target='sm_89'"),
         ("Cuda Runtime (out of memory)", "lower batch.max"),
+        ("NonZero plugin creator version 1 was not found in plugin registry", "exclude it"),
+        ("layer_nms has no runners that implement it", "does not know this operator"),
+        ("Unable to load library: libnvinfer_lean.so.1", "exclude_lean_runtime=True"),
         ("a message never seen before", ""),
     ],
 )
