@@ -1,12 +1,16 @@
-"""The fastest engine for this machine's CPU that is right: build all, verify all, time them.
+"""The fastest engine for this machine that is right: build all, verify all, time them.
 
-Which backend and precision is fastest depends on the model and on the processor, so it is measured.
+Which backend and precision is fastest depends on the model and on the device, so it is measured.
 Every model is built with every backend, held to the bounds of the gate against one reference, and
 those that keep them are timed with their calls taking turns. The choice is kept beside the engines,
 under ``selections/<key>.json``, and taken from there the next time.
 
-The key covers the models, the options, the processor with its number of cores, and the versions of
-the backends (absent ones too, so that installing one means choosing again). It does not cover the
+TensorRT builds a float32 model in float16, which is what a card is for; the bounds say whether that
+will do. Times are those of calls with NumPy arrays, copies to a card included.
+
+The key covers the models, the options, the processor with its number of cores, the card where one
+is here, and the versions of the backends (absent ones too, so that installing one means choosing
+again). It does not cover the
 reference and the data, which would have to be read first: ``SelectOptions(fresh=True)`` chooses
 again when they change.
 """
@@ -23,11 +27,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import numpy as np
 
 from sn72engine import _deps, fingerprint
+from sn72engine.backends.tensorrt_device import card_name, device_target
 from sn72engine.builder import build
 from sn72engine.doctor import cpu_name
 from sn72engine.errors import (
@@ -41,7 +46,13 @@ from sn72engine.errors import (
 from sn72engine.latency import interleave
 from sn72engine.model import OnnxModel
 from sn72engine.session import Session
-from sn72engine.spec import BackendName, BuildOptions, SelectOptions
+from sn72engine.spec import (
+    CPU_BACKENDS,
+    TENSORRT_BACKENDS,
+    BackendName,
+    BuildOptions,
+    SelectOptions,
+)
 from sn72engine.store import Store
 from sn72engine.verifier import verify
 from sn72kernels import atomic
@@ -146,6 +157,18 @@ class Selection:
         return "\n".join([f"{self.reason}{origin}", *(f"  {c}" for c in self.candidates)])
 
 
+def backends_here() -> tuple[BackendName, ...]:
+    """Backends that can run on this machine: those for a CPU, and the others where a card is."""
+    names: tuple[BackendName, ...] = get_args(BackendName)
+    card = device_target() is not None
+    return tuple(
+        name
+        for name in names
+        if name in CPU_BACKENDS
+        or (card and (name not in _deps.DEPENDENCIES or _deps.available(name)))
+    )
+
+
 def select(
     models: OnnxModel | Mapping[str, OnnxModel],
     reference: Model,
@@ -155,7 +178,7 @@ def select(
     options: SelectOptions | None = None,
     store: Store | None = None,
 ) -> Selection:
-    """Choose the fastest engine for this CPU among those that answer as the reference does.
+    """Choose the fastest engine for this machine among those that answer as the reference does.
 
     Args:
         models: forms of one model to choose from, by name, such as
@@ -216,7 +239,7 @@ def _examine(
     for backend in options.backends:
         for model_name, model in models.items():
             candidate = Candidate(model_name, backend)
-            if not _deps.available(backend):
+            if backend in _deps.DEPENDENCIES and not _deps.available(backend):
                 hint = _deps.DEPENDENCIES[backend].hint
                 reason = f"{backend} is not installed or too old; run: {hint}"
                 considered.append(dataclasses.replace(candidate, refused=reason))
@@ -271,7 +294,10 @@ def _by_time(candidate: Candidate) -> float:
 
 
 def _build(model: OnnxModel, backend: BackendName, options: SelectOptions, store: Store) -> Engine:
-    wanted = BuildOptions(backend=backend, batch=options.batch, precision=model.precision)
+    precision = model.precision
+    if precision == "fp32" and backend in TENSORRT_BACKENDS:
+        precision = "fp16"
+    wanted = BuildOptions(backend=backend, batch=options.batch, precision=precision)
     return build(model, wanted, store=store, progress=False)
 
 
@@ -294,7 +320,12 @@ def _key(models: Mapping[str, OnnxModel], options: SelectOptions) -> str:
             "models": {name: model.sha256() for name, model in models.items()},
             "options": wanted,
             "processor": [cpu_name(), os.cpu_count(), platform.system(), platform.machine()],
-            "versions": {backend: _deps.version(backend) for backend in options.backends},
+            "card": card_name(),
+            "versions": {
+                backend: _deps.version(backend)
+                for backend in options.backends
+                if backend in _deps.DEPENDENCIES
+            },
         }
     )[:32]
 

@@ -36,10 +36,10 @@ ShapeKernels = Literal["lazy", "eager", "none"]
 Provider = Literal["cuda", "tensorrt"]
 
 #: Backends whose engines run on a CPU when no target is given.
-CPU_BACKENDS = ("onnxruntime", "openvino")
+CPU_BACKENDS: tuple[BackendName, ...] = ("onnxruntime", "openvino")
 
 #: Backends that share the TensorRT API.
-TENSORRT_BACKENDS = ("tensorrt", "tensorrt_rtx")
+TENSORRT_BACKENDS: tuple[BackendName, ...] = ("tensorrt", "tensorrt_rtx")
 
 
 class Options:
@@ -651,11 +651,11 @@ class VerifyOptions(Options):
 
 @dataclass(frozen=True, slots=True)
 class SelectOptions(Options):
-    """How the fastest engine for this machine's CPU is chosen.
+    """How the fastest engine for this machine is chosen.
 
     Args:
-        backends: those that take part; one that is not installed is reported as refused. Of
-            equally fast engines the one named first wins.
+        backends: those that take part; one that is not installed, or lacks its device, is
+            reported as refused. Of equally fast engines the one named first wins.
         batch: batch sizes the engine must accept.
         verify: bounds that an engine must keep to take part, and batch size and repeats of the
             timed calls. ``min_speedup`` must be None: engines are timed against each other.
@@ -674,7 +674,7 @@ class SelectOptions(Options):
         if not self.backends or len(set(self.backends)) != len(self.backends):
             raise OptionError(f"backends={self.backends!r} must hold at least one, none twice")
         for backend in self.backends:
-            check_choice("backends", backend, CPU_BACKENDS)
+            check_choice("backends", backend, BackendName)
         if self.verify.min_speedup is not None:
             raise OptionError(
                 f"verify.min_speedup={self.verify.min_speedup!r} must be None: engines are timed "

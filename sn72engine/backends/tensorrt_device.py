@@ -28,6 +28,13 @@ def device_target(index: int | None = None) -> str | None:
     return f"sm_{major}{minor}"
 
 
+def card_name() -> str:
+    """Name of PyTorch's current CUDA device; empty where there is none."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
 def runs_on(target: str, present: str | None) -> bool:
     """Whether an engine for ``target`` runs on a card of architecture ``present``.
 

@@ -37,8 +37,8 @@ ADVICE = (
         "the lean runtime is not installed: build with exclude_lean_runtime=True",
     ),
     (
-        r"Plugin not found|No importer registered|no checker registered|not found in plugin registry|"
-        r"no runners that implement it",
+        r"Plugin not found|No importer registered|no checker registered|"
+        r"not found in plugin registry|no runners that implement it",
         "TensorRT does not know this operator: export the model without it, or exclude it",
     ),
     (

@@ -10,6 +10,7 @@ from sn72engine.cli import tensorrt_flags
 from sn72engine.cli.outcome import Outcome, batch_range, megabytes, table
 from sn72engine.errors import OptionError
 from sn72engine.spec import (
+    CPU_BACKENDS,
     BuildOptions,
     CalibrationOptions,
     Precision,
@@ -43,7 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "auto"),
         default=BuildOptions().backend,
-        help="auto compares those for a CPU on --data and takes the fastest that is right",
+        help="auto compares those that run here on --data and takes the fastest that is right",
     )
     parser.add_argument(
         "--target", default="", help="cpu, cuda, or sm_89 and the like; sm_86,sm_89 for both"
@@ -114,11 +115,11 @@ def _batch(options: argparse.Namespace) -> ShapeRange:
 
 
 def _select(options: argparse.Namespace) -> Outcome:
-    """Build with each CPU backend and take the fastest that answers as the float model does."""
+    """Build with each backend and take the fastest that answers as the float model does."""
     from sn72engine.builder import build
     from sn72engine.calibration import batches
     from sn72engine.model import OnnxModel
-    from sn72engine.selection import select
+    from sn72engine.selection import backends_here, select
     from sn72engine.session import Session
 
     if options.data is None:
@@ -127,8 +128,8 @@ def _select(options: argparse.Namespace) -> Outcome:
         )
     if options.target not in ("", "cpu") or options.precision != "fp32":
         raise OptionError(
-            "--backend auto builds for this CPU and chooses the precision: leave out --target and "
-            "--precision, and give an INT8 file with --quantized"
+            "--backend auto builds for this machine and chooses the precision: leave out --target "
+            "(or give cpu) and --precision, and give an INT8 file with --quantized"
         )
     model = OnnxModel.open(options.model)
     if model.precision != "fp32":
@@ -146,12 +147,19 @@ def _select(options: argparse.Namespace) -> Outcome:
     calibration = CalibrationOptions(batch_size=size, limit=options.limit, minimum=1)
     data = batches(options.data, model.preprocess, calibration)
     bounds = VerifyOptions(min_speedup=None, batch=batch.min)
+    backends = CPU_BACKENDS if options.target == "cpu" else backends_here()
     with Session(build(model, BuildOptions(batch=batch)), runtime) as reference:
         selection = select(
             models,
             reference,
             data,
-            options=SelectOptions(batch=batch, verify=bounds, runtime=runtime, fresh=options.fresh),
+            options=SelectOptions(
+                backends=backends,
+                batch=batch,
+                verify=bounds,
+                runtime=runtime,
+                fresh=options.fresh,
+            ),
         )
     manifest = selection.engine.manifest.to_dict()
     return Outcome(

@@ -5,20 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
 import pytest
 
 from sn72engine import _deps, cli, selection
+from sn72engine.backends import tensorrt
 from sn72engine.builder import build
 from sn72engine.errors import InputError, OptionError, VerificationError
 from sn72engine.latency import Latency
 from sn72engine.model import OnnxModel
 from sn72engine.selection import Candidate, Selection, select
 from sn72engine.session import Session, load
-from sn72engine.spec import BuildOptions, RuntimeOptions, SelectOptions, ShapeRange, VerifyOptions
+from sn72engine.spec import (
+    BackendName,
+    BuildOptions,
+    RuntimeOptions,
+    SelectOptions,
+    ShapeRange,
+    VerifyOptions,
+)
 from sn72engine.store import Store
 from tests import quantized_models, tiny_models
 
@@ -157,6 +165,51 @@ def test_a_backend_that_is_not_installed_is_a_row_with_the_command(
     assert "pip install 'sn72engine[openvino]'" in found.candidates[-1].refused
 
 
+def test_a_backend_without_its_card_is_a_row_with_the_reason(
+    store: Store, reference: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "device_target", lambda: None)
+    real = _deps.available
+    monkeypatch.setattr(_deps, "available", lambda name: name == "tensorrt" or real(name))
+    options = dataclasses.replace(ORT_ONLY, backends=("onnxruntime", "tensorrt"))
+    found = select(both()["fp32"], reference, data(), options=options, store=store)
+    assert found.chosen.name == "onnxruntime fp32"
+    assert "no CUDA device is present" in found.candidates[-1].refused
+    assert select(both()["fp32"], never, [], options=options, store=store).remembered
+
+
+@pytest.mark.parametrize(
+    ("card", "installed", "expected"),
+    [
+        (None, {"tensorrt"}, {"onnxruntime", "openvino"}),
+        ("sm_90", {"tensorrt"}, {"onnxruntime", "openvino", "tensorrt"}),
+        ("sm_90", set(), {"onnxruntime", "openvino"}),
+    ],
+)
+def test_backends_take_part_where_they_can_run(
+    monkeypatch: pytest.MonkeyPatch, card: str | None, installed: set[str], expected: set[str]
+) -> None:
+    monkeypatch.setattr(selection, "device_target", lambda: card)
+    monkeypatch.setattr(_deps, "available", lambda name: name in installed)
+    names = set(selection.backends_here())
+    # A backend that needs no package of its own takes part wherever there is a card.
+    assert {name for name in names if name in _deps.DEPENDENCIES} == expected
+    assert names - expected == (
+        set(get_args(BackendName)) - set(_deps.DEPENDENCIES) if card else set()
+    )
+
+
+def test_a_float_model_is_built_in_half_precision_for_a_card(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[BuildOptions] = []
+    monkeypatch.setattr(selection, "build", lambda model, wanted, **_: asked.append(wanted))
+    for backend in ("onnxruntime", "tensorrt", "tensorrt_rtx"):
+        for model in both().values():
+            selection._build(model, backend, OPTIONS, store)  # type: ignore[arg-type]
+    assert [options.precision for options in asked] == ["fp32", "int8", *["fp16", "int8"] * 2]
+
+
 def test_labels_decide_too(store: Store, reference: Session) -> None:
     answers = np.concatenate([reference(batch).argmax(1) for batch in data()])
     # Demands more correct answers than the reference, which has all of them, can have.
@@ -222,6 +275,9 @@ def test_another_version_or_processor_or_model_measures_again(
     with monkeypatch.context() as patch:
         patch.setattr(selection, "cpu_name", lambda: "another processor")
         assert not select(both(), reference, data(), options=ORT_ONLY, store=store).remembered
+    with monkeypatch.context() as patch:
+        patch.setattr(selection, "card_name", lambda: "another card")
+        assert not select(both(), reference, data(), options=ORT_ONLY, store=store).remembered
     real = _deps.version
     monkeypatch.setattr(_deps, "version", lambda module: f"{real(module)}.post1")
     assert not select(both(), reference, data(), options=ORT_ONLY, store=store).remembered
@@ -257,7 +313,7 @@ def test_nothing_to_choose_from_is_refused(store: Store, reference: Session) -> 
     [
         ({"backends": ()}, "at least one"),
         ({"backends": ("openvino", "openvino")}, "none twice"),
-        ({"backends": ("tensorrt",)}, "'tensorrt' is not one of onnxruntime, openvino"),
+        ({"backends": ("magic",)}, "'magic' is not one of onnxruntime, openvino, tensorrt"),
         ({"verify": VerifyOptions()}, "min_speedup=1.0 must be None"),
         ({"batch": ShapeRange(2, 2, 2)}, r"verify\.batch=1 is to be timed"),
         ({"fresh": 1.5}, "fresh=1.5"),
