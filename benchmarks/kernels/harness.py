@@ -7,16 +7,14 @@ written and flushed as each ends, so that whatever ends the run leaves all that 
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import machine
 from sn72kernels import bench
 from sn72kernels import device as devices
 from sn72kernels.errors import ArgumentError
@@ -144,20 +142,11 @@ def run(case: Case, peaks: bench.Peaks) -> tuple[Race, str]:
 
 def header(peaks: bench.Peaks) -> dict[str, Any]:
     """First line of a record: when, on what, with what."""
-    gpu = torch.cuda.is_available()
     return {
         "kind": "header",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "gpu": gpu,
+        **machine.describe(),
         "device": peaks.device,
-        "processor": _processor(),
         "peaks": {"copy_gb_s": peaks.copy_gb_s, "tflop_s": dict(peaks.tflop_s)},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "triton", "flash-attn", "quack-kernels")},
-            "liger-kernel": _version("liger-kernel"),
-            "cuda": torch.version.cuda,
-        },
     }
 
 
@@ -207,20 +196,3 @@ def _cold(case: Case) -> bool:
     tensors = [a for a in case.arguments if isinstance(a, torch.Tensor)]
     facts = devices.facts(case.device)
     return bench.is_cold(bench.bytes_of(*tensors), facts.l2_bytes, facts.memory_bytes)
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

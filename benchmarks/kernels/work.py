@@ -47,7 +47,7 @@ def cascade_route(n: int, itemsize: int, *, per_sample: bool = False) -> Work:
 
 
 def classifier_head(rows: int, depth: int, units: int, itemsize: int) -> Work:
-    """``flops = 2 rows units depth``, of the first layer; bytes of features, parameters and three outputs.
+    """``flops = 2 rows units depth``, of the first layer; bytes of all that it reads and writes.
 
     ``bytes = itemsize (rows depth + 2 depth + units depth + 2 units + 1) + 9 rows``: the norm's
     weight and bias, both layers, and per row a logit (4), a probability (4) and a route (1).

@@ -58,5 +58,7 @@ def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def free_bytes() -> int:
-    """Memory of the device that can still be had."""
+    """Memory of the device that can still be had, what PyTorch keeps for later included."""
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
     return int(torch.cuda.mem_get_info()[0]) if DEVICE.type == "cuda" else 1 << 33

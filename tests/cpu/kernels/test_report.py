@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 
 from benchmarks import markdown
 from benchmarks.kernels import harness, report, work
+from benchmarks.kernels.cases import every
 from sn72kernels import bench
 
 ROOT = Path(__file__).parents[3]
@@ -143,24 +142,18 @@ def test_the_page_in_the_docs_is_what_its_record_says() -> None:
         assert (ROOT / "docs" / link).is_file()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is visible")
-def test_from_the_benchmark_to_the_page(tmp_path: Path) -> None:
-    """One race, run for real, and the report of it."""
+def test_without_a_gpu_the_page_says_so(tmp_path: Path) -> None:
+    """From a race run for real to the page and the picture."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
-    record, page = tmp_path / "record.jsonl", tmp_path / "page.md"
+    lines, page = tmp_path / "record.jsonl", tmp_path / "page.md"
     page.write_text(PAGE)
-    command = [
-        sys.executable, "-m", "pytest", "benchmarks/kernels", "-q", "-k", "ensemble_vote",
-        "--kernel-record", str(record), f"--benchmark-json={tmp_path / 'b.json'}",
-        "-p", "no:cacheprovider",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "no GPU is present" in done.stdout
-    stored = json.loads((tmp_path / "b.json").read_text())
-    assert stored["benchmarks"][0]["extra_info"]["race"]["op"] == "ensemble_vote"
-    assert report.main([str(record), "--page", str(page)]) == 0
+    record = harness.Record(lines)
+    cpu = torch.device("cpu")
+    peaks = bench.measure_peaks(cpu)
+    record.add({**harness.header(peaks), "gpu": False})
+    case = dict(every(cpu))["ensemble_vote: n=64"]()
+    record.add(harness.run(case, peaks)[0].to_dict())
+    assert report.main([str(lines), "--page", str(page)]) == 0
     text = page.read_text()
     assert "**No GPU was present: these are the reference paths on the CPU" in text
     assert "| `ensemble_vote` 5 x 64 |" in text
