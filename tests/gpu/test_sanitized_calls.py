@@ -71,7 +71,9 @@ def attend() -> None:
 
 
 def resize() -> None:
-    images = torch.randint(0, 256, (2, 31, 43, 3), generator=seeded(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (2, *sizes((31, 43), (15, 20)), 3), generator=seeded(0), dtype=torch.uint8
+    )
     rest = ([13, 17], (0.5,) * 3, (0.25,) * 3, "center_crop", 1.0, "bicubic", HALF)
     preprocess.launch_preprocess(images.to(DEVICE), *rest)
 
