@@ -26,6 +26,9 @@ NAMESPACE = "sn72"
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
+_registered: dict[str, OpSpec] = {}
+
+
 def _takes_everything(*_: Any) -> None:
     return None
 
@@ -80,7 +83,13 @@ def register(spec: OpSpec) -> Callable[..., Any]:
     _library.impl(spec.name, functools.partial(_run_on_cuda, spec), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{spec.name}", spec.fake, lib=_library)
     overload: Callable[..., Any] = getattr(torch.ops.sn72, spec.name).default
+    _registered[spec.name] = spec
     return overload
+
+
+def registered() -> dict[str, OpSpec]:
+    """The operators of the op modules imported so far, by registered name."""
+    return dict(_registered)
 
 
 def choose(spec: OpSpec, device: torch.device, *args: Any) -> Choice:

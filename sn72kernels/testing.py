@@ -234,15 +234,7 @@ def compile_launch(launch: Launch, arch: int, case: str = "") -> Compiled:
         KernelError: the kernel was imported under Triton's interpreter, or Triton's own tools
             fail.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    if not isinstance(launch.kernel, triton.runtime.JITFunction):
-        raise KernelError("kernels are interpreted here; compile in a process without the switch")
-    signature, constants, attributes, options = _specialise(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = compile_only(launch, arch)
     registers, local, shared = _usage(compiled.asm["cubin"])
     ptx = str(compiled.asm["ptx"])
     return Compiled(
@@ -256,6 +248,23 @@ def compile_launch(launch: Launch, arch: int, case: str = "") -> Compiled:
         load_bits=_widest(ptx, "ld"),
         store_bits=_widest(ptx, "st"),
     )
+
+
+def compile_only(launch: Launch, arch: int) -> Any:
+    """What Triton compiles of a recorded launch: ``asm`` has ``ttir``, ``ptx``, ``cubin``.
+
+    Raises:
+        KernelError: the kernel was imported under Triton's interpreter.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(launch.kernel, triton.runtime.JITFunction):
+        raise KernelError("kernels are interpreted here; compile in a process without the switch")
+    signature, constants, attributes, options = _specialise(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def compile_table(

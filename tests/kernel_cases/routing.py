@@ -40,17 +40,19 @@ class Batch(NamedTuple):
     buckets: list[int]
 
 
-def batches(count: int, seed: int = 0, *, largest: int = LARGEST) -> Iterator[Batch]:
+def batches(
+    count: int, seed: int = 0, *, largest: int = LARGEST, border: float = 0.1
+) -> Iterator[Batch]:
     """``count`` batches, the same for the same ``seed``.
 
-    Nine in ten have fewer than 258 samples, so that many fit a second; the others lie around the
-    borders of blocks and of the one-launch path, up to ``largest``.
+    A share ``border`` of them lies around the borders of blocks and of the one-launch path, up to
+    ``largest``; the others have fewer than 258 samples, so that many fit a second.
     """
     rng = np.random.default_rng(seed)
     borders = [n for n in (0, 1, 1024, 4095, 4096, 4097, 16384, 16385, LARGEST) if n <= largest]
     for _ in range(count):
-        large = rng.random() < 0.1
-        n = int(rng.choice(borders)) if large else int(rng.integers(0, min(258, largest + 1)))
+        at_border = rng.random() < border
+        n = int(rng.choice(borders)) if at_border else int(rng.integers(0, min(258, largest + 1)))
         logits, per_sample = bool(rng.random() < 0.5), bool(rng.random() < 0.5)
         low, high = THRESHOLDS[rng.integers(len(THRESHOLDS))]
         scores = values(rng, n, logits).to(DTYPES[rng.integers(len(DTYPES))])

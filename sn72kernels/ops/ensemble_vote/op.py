@@ -86,7 +86,7 @@ def launch_vote(
     config = SAMPLES.config(out.device, len(rows))
     padded = rows + [None] * (MOST_MODELS - len(rows))
     library.launch(
-        kernel.vote, (-(-n // config.size),), *padded, weights, out, n,
+        kernel.vote, (-(-n // config.size),), *padded, weights.contiguous(), out, n,
         MODELS=len(rows), FROM_LOGITS=from_logits, BLOCK=config.size,
         num_warps=config.warps, enable_fp_fusion=False,
     )  # fmt: skip
@@ -136,7 +136,7 @@ def _weights(
     if isinstance(weights, torch.Tensor):
         check_tensor("weights", weights, shape=(len(columns),), dtype=torch.float32, device=device)
         check_no_gradient("ensemble_vote", weights=weights)
-        return weights.contiguous()
+        return weights
     if len(weights) != len(columns):
         raise ArgumentError(f"there are {len(weights)} weights for {len(columns)} models")
     if any(not (math.isfinite(w) and w >= 0.0) for w in weights):

@@ -139,7 +139,7 @@ def backward_tile(
     sum_weight = tl.zeros((ROWS, COLS), tl.float32)
     sum_bias = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
-        row = start + tl.arange(0, ROWS)
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & inside_col
         mean = tl.load(stats + row, row < rows, other=0.0)[:, None]
         rstd = tl.load(stats + rows + row, row < rows, other=0.0)[:, None]
@@ -222,7 +222,7 @@ def backward_columns(
     sum_weight = tl.zeros((ROWS, COLS), tl.float32)
     sum_bias = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(part * ROWS, rows, tl.num_programs(1) * ROWS):
-        row = start + tl.arange(0, ROWS)
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & inside_col
         mean = tl.load(stats + row, row < rows, other=0.0)[:, None]
         rstd = tl.load(stats + rows + row, row < rows, other=0.0)[:, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -15,29 +15,16 @@ from sn72kernels.errors import ArgumentError, DtypeError, ShapeError
 from sn72kernels.ops import exact
 from sn72kernels.ops.cascade_route import op, reference
 from sn72kernels.ops.cascade_route.op import Routing
+from tests.kernel_cases import routing
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-NAN, INF = math.nan, math.inf
-DTYPES = st.sampled_from((torch.float32, torch.float16, torch.bfloat16))
-# Ties with the usual thresholds, both ends, neighbours of the ends, and everything unusable.
-SPECIAL = (
-    0.15, 0.85, 0.5, 0.0, -0.0, 1.0, 1.0000001, -1e-9, 1e-45, NAN, -NAN, INF, -INF, 3.0, -2.0,
-)  # fmt: skip
-THRESHOLDS = st.sampled_from(
-    ((0.15, 0.85), (0.5, 0.5), (0.0, 1.0), (0.9, 0.1), (NAN, 0.5), (0.5, NAN), (-1.0, 2.0))
-)
-# Empty, one, around the block and the loop limits, several blocks, two launches.
-SIZES = st.sampled_from((0, 1, 2, 31, 33, 1000, 4096, 4097, 16384, 16385, 40000))
+NAN, INF = routing.NAN, routing.INF
+THRESHOLDS = st.sampled_from(routing.THRESHOLDS)
 
 
-def make(n: int, dtype: torch.dtype, logits: bool, seed: int) -> torch.Tensor:
-    """Random scores of which about a third are special values."""
-    rng = np.random.default_rng(seed)
-    data = rng.normal(0, 4, n) if logits else rng.random(n)
-    special = rng.choice(np.array(SPECIAL), n)
-    chosen = np.where(rng.random(n) < 0.3, special, data)
-    return torch.from_numpy(chosen.astype(np.float32)).to(dtype)
+def make(n: int, seed: int) -> torch.Tensor:
+    return routing.values(np.random.default_rng(seed), n, logits=False)
 
 
 def assert_same(have: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> None:
@@ -53,35 +40,43 @@ def plain_route(p: float, low: float, high: float) -> int:
     return 0 if p < low else 1 if p > high else 2
 
 
-@given(
-    n=SIZES,
-    dtype=DTYPES,
-    logits=st.booleans(),
-    thresholds=THRESHOLDS,
-    per_sample=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
-@settings(max_examples=40, deadline=None)
-def test_kernel_gives_the_bits_of_the_reference(
-    n: int,
-    dtype: torch.dtype,
-    logits: bool,
-    thresholds: tuple[float, float],
-    per_sample: bool,
-    seed: int,
-) -> None:
-    scores = make(n, dtype, logits, seed)
-    low, high = thresholds
-    lows = make(n, torch.float32, False, seed + 1) if per_sample else None
-    highs = make(n, torch.float32, False, seed + 2) if per_sample else None
-    arguments = (scores, lows, highs, low, high, logits, [7, 64, max(65, n)])
-    assert_same(op.launch_route(*arguments), reference.route(*arguments))
+def check(batches: Iterable[routing.Batch]) -> None:
+    for batch in batches:
+        assert_same(op.launch_route(*batch), reference.route(*batch))
+
+
+def test_kernel_gives_the_bits_of_the_reference_for_600_random_batches() -> None:
+    """Ties, NaN, infinities, thresholds per sample; tests/gpu does 10^5 of them on a card."""
+    check(routing.batches(600, 0, largest=300))
+
+
+def test_kernel_gives_the_bits_of_the_reference_around_every_limit() -> None:
+    """Several blocks, and two launches."""
+    check(routing.batches(30, 1, border=1.0))
+
+
+def test_random_batches_hold_what_they_must() -> None:
+    batches = list(routing.batches(300, 2, border=0.3))
+    scores = torch.cat([batch.scores.float() for batch in batches])
+    assert scores.isnan().any()
+    assert scores.isposinf().any()
+    assert scores.isneginf().any()
+    assert any((b.lows == b.scores.float()).any() for b in batches if b.lows is not None)
+    assert any((b.scores == b.low).any() for b in batches if b.lows is None)
+    assert {b.scores.dtype for b in batches} == set(routing.DTYPES)
+    assert {b.from_logits for b in batches} == {b.lows is None for b in batches} == {True, False}
+    sizes = {b.scores.numel() for b in batches}
+    assert {0, 1, 4096, 4097, 16385} <= sizes
+    again = routing.batches(300, 2, border=0.3)
+    assert all(
+        torch.equal(a.scores.isnan(), b.scores.isnan()) for a, b in zip(batches, again, strict=True)
+    )
 
 
 @given(n=st.integers(0, 300), thresholds=THRESHOLDS, seed=st.integers(0, 2**16))
 @settings(max_examples=40, deadline=None)
 def test_reference_against_plain_python(n: int, thresholds: tuple[float, float], seed: int) -> None:
-    scores = make(n, torch.float32, False, seed)
+    scores = make(n, seed)
     low, high = (float(np.float32(t)) for t in thresholds)
     buckets = (1, 5, 50, 300)
     routing = sn72kernels.cascade_route(scores, low, high, buckets=buckets)
@@ -96,7 +91,7 @@ def test_reference_against_plain_python(n: int, thresholds: tuple[float, float],
 
 
 def test_strided_scores_and_zero_dimensional_thresholds() -> None:
-    grid = make(200, torch.float32, False, 5).view(100, 2)
+    grid = make(200, 5).view(100, 2)
     low, high = torch.tensor(0.2), torch.tensor(0.7)
     have = sn72kernels.cascade_route(grid[:, 1], low, high)
     assert_same(have, sn72kernels.cascade_route(grid[:, 1].contiguous(), 0.2, 0.7))
@@ -129,15 +124,9 @@ def test_sigmoid_is_accurate_monotone_and_symmetric() -> None:
     assert exact.sigmoid(torch.tensor([0.0, -0.0])).tolist() == [0.5, 0.5]
 
 
-def test_opcheck_and_compile() -> None:
+def test_compile() -> None:
     torch.use_deterministic_algorithms(False)
-    scores = torch.rand(50)  # without NaN, which opcheck would find unequal to itself
-    torch.library.opcheck(
-        torch.ops.sn72.cascade_route.default, (scores, None, None, 0.1, 0.9, False, [10, 50])
-    )
-    torch.library.opcheck(
-        torch.ops.sn72.cascade_route.default, (scores, scores, scores, 0.0, 0.0, True, [])
-    )
+    scores = torch.rand(50)
 
     def call(scores: torch.Tensor) -> Routing:
         return sn72kernels.cascade_route(scores, 0.15, 0.85, buckets=(8, 64))
@@ -158,7 +147,7 @@ def test_export() -> None:
         (torch.rand(5),),
         dynamic_shapes={"scores": {0: torch.export.Dim("n", max=op.LARGEST_BATCH)}},
     )
-    scores = make(77, torch.float32, False, 2)
+    scores = make(77, 2)
     assert_same(program.module()(scores), sn72kernels.cascade_route(scores, 0.15, 0.85))
 
 

@@ -145,11 +145,9 @@ def test_large_batches_run_the_composed_ops() -> None:
     assert "16385 hidden" in str(op.HEAD.unsupported(x[:1], None, None, torch.empty(16385, 32)))
 
 
-def test_opcheck_compile_and_export() -> None:
+def test_compile_and_export() -> None:
     torch.use_deterministic_algorithms(False)
-    x, nw, nb, w1, b1, w2, b2 = make(5, 32, 16, torch.float32, 5)
-    arguments = (x, nw, nb, w1, b1, w2, b2, None, None, 0.2, 0.8, True, 1e-5, False)
-    torch.library.opcheck(torch.ops.sn72.classifier_head.default, arguments)
+    x, _, _, w1, b1, w2, b2 = make(5, 32, 16, torch.float32, 5)
 
     class Model(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

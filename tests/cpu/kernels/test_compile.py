@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,3 +124,56 @@ def test_record_sees_the_launch_of_the_assumed_device() -> None:
     )
     assert [launch.kernel.__name__ for launch in launches] == ["forward_tile"]
     assert library._recording is None
+
+
+# --- arguments at an edge ------------------------------------------------------------------
+
+# Kernel -> why a product of sizes in 32 bits cannot wrap.
+BOUNDED = {
+    "route_blocks": "twice the number of blocks, of at most 2^24 samples",
+    "compact_blocks": "likewise",
+    "finish": "at most 256 rows of at most 1024 parts",
+}
+
+
+@pytest.fixture(scope="module")
+def edges() -> list[dict[str, Any]]:
+    """Launches with sizes of 1, with strides of 64 bits, and misaligned: for one architecture."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernel_cases.compiled"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        cwd=Path(__file__).parents[3],
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_at_every_edge(edges: list[dict[str, Any]]) -> None:
+    """Triton makes a constant of an integer that is 1, which the interpreter does not."""
+    by_kind: dict[str, set[str]] = {}
+    for row in edges:
+        assert not row["faults"], row
+        by_kind.setdefault(row["kind"], set()).add(row["kernel"])
+    assert set(by_kind) == {"plain", "ones", "far", "misaligned"}
+    # With one sample there is one launch only.
+    assert by_kind["plain"] - by_kind["ones"] == {"route_blocks", "compact_blocks"}
+    assert by_kind["plain"] == by_kind["far"] == by_kind["misaligned"]
+
+
+@pytest.mark.slow
+def test_no_alignment_is_claimed_that_is_not_there(edges: list[dict[str, Any]]) -> None:
+    """A misaligned input is read by elements, of 32 bits at most; a fresh one by 128 bits."""
+    misaligned = [row for row in edges if row["kind"] == "misaligned"]
+    assert all(row["load"] <= 32 for row in misaligned)
+    assert any(row["load"] == 128 for row in edges if row["kind"] == "plain")
+
+
+@pytest.mark.slow
+def test_offsets_of_rows_are_of_64_bits(edges: list[dict[str, Any]]) -> None:
+    """No kernel multiplies a size or a stride in 32 bits, for inputs or outputs."""
+    narrow = {row["kernel"] for row in edges if row["narrow"]}
+    assert narrow == set(BOUNDED)

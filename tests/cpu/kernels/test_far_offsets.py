@@ -1,64 +1,82 @@
-"""Rows more than 2^31 elements apart: offsets of 32 bits would wrap and read elsewhere.
+"""Offsets beyond 2^31 elements, which 32 bits would wrap to somewhere else.
 
-The memory is virtual: pages that nobody touches are not there.
+Strides are below 2^31, so that Triton passes them in 32 bits, and their products with an index are
+above it. The memory is virtual: pages that nobody touches are not there. It goes on below the
+tensor, so that an offset that wraps reads zeros, or writes where it harms nothing, and does not
+end the process. The compile-only checks show the same of outputs.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import mmap
+import sys
+
 import pytest
 import torch
 
 from sn72kernels import testing
+from tests.kernel_cases import operators
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-APART = (1 << 31) + 64
+APART = (1 << 30) + 64
+NO_RESERVE = 0x4000  # Linux: address space without a promise of memory
+
+SPECS = operators.specs()
+
+# Operator -> why it needs no case: all of its tensors are made contiguous before the launch.
+COPIED = {
+    "dequantize_mxfp8": "values and scales are contiguous copies",
+    "dequantize_nvfp4": "values and scales are contiguous copies",
+    "ensemble_vote": "scores are contiguous copies, and their places are numbered in 64 bits",
+}
 
 
-def far(rows: torch.Tensor) -> torch.Tensor:
-    """Two rows of 8 or 16 bits an element, ``APART`` elements apart."""
-    count = APART + rows.shape[1]
-    memory = np.zeros(count * rows.element_size(), np.uint8)
-    view = torch.from_numpy(memory).view(rows.dtype).as_strided(rows.shape, (APART, 1))
-    view.copy_(rows)
-    assert view.stride(0) > 2**31
+def far(x: torch.Tensor, place: int) -> torch.Tensor:
+    """The same numbers, ``APART`` elements from one index of dimension ``place`` to the next."""
+    first = x.movedim(place, 0)
+    below = (1 << 31) * x.element_size()
+    size = below + (x.shape[place] * APART + x.numel()) * x.element_size()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    memory = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8)[below:]
+    inner = first[0].contiguous().stride()
+    view = memory.view(x.dtype).as_strided(first.shape, (APART, *inner)).movedim(0, place)
+    view.copy_(x)
     return view
 
 
-def test_layernorm_gelu() -> None:
-    from sn72kernels.ops.layernorm_gelu import op
-
-    x = torch.randn(2, 64).half()
-    rest = (None, None, None, 1e-5, False, False, False)
-    testing.assert_same(op.launch_forward(far(x), *rest), op.launch_forward(x, *rest))
-
-
-def test_quantize() -> None:
-    from sn72kernels.ops.quantize import op
-
-    x = torch.randn(2, 64).half()
-    testing.assert_same(op.launch_token(far(x), False), op.launch_token(x, False))
-    scale = torch.ones(())
-    have, want = (op.launch_static(t, scale, "tensor", False) for t in (far(x), x))
-    testing.assert_same([have], [want])
+def cases() -> list[tuple[str, int, int]]:
+    """Operator, number of its example, and a dimension that a kernel walks by a stride."""
+    found = []
+    for name, calls in operators.examples().items():
+        leading = 3 if name in ("attention", "rope", "rope_") else 1
+        if name not in COPIED:
+            found += [(name, call, at) for call in range(len(calls)) for at in range(leading)]
+    return found
 
 
-def test_linear() -> None:
-    from sn72kernels.ops.linear import op
+@pytest.mark.skipif(sys.platform != "linux", reason="needs address space without memory")
+@pytest.mark.parametrize(("name", "call", "place"), cases())
+def test_rows_far_apart(name: str, call: int, place: int) -> None:
+    """All tensors of a call at once that have three rows or more, so that an index reaches two."""
+    arguments = operators.examples()[name][call]
+    vectors = name == "cascade_route"  # whose scores and thresholds have a stride
+    if vectors and arguments[0].numel() > 100:
+        arguments = (arguments[0][:100], *arguments[1:])  # larger batches read in the same way
+    moved = 0
 
-    x, w = (torch.randint(-9, 10, (2, 64)).to(torch.int8) for _ in range(2))
-    scale = torch.ones(2)
-    have, want = (
-        op.launch_linear(a, scale, b, scale, None, "none", torch.float32)
-        for a, b in ((far(x), far(w)), (x, w))
-    )
-    testing.assert_same([have], [want])
+    def change(x: torch.Tensor) -> torch.Tensor:
+        nonlocal moved
+        walked = x.dim() if vectors else x.dim() - 1
+        if place >= walked or x.shape[place] < 3:
+            return x
+        moved += 1
+        return far(x, place)
 
-
-def test_quantize_blocks() -> None:
-    from sn72kernels.ops.quantize_blocks import op
-
-    x = torch.randn(2, 64).half()
-    have, want = (op.launch_quantize_mxfp8(t) for t in (far(x), x))
-    testing.assert_same([t.view(torch.uint8) for t in have], [t.view(torch.uint8) for t in want])
+    given = operators.each_tensor(change, arguments)
+    assert moved
+    plain = operators.each_tensor(torch.clone, arguments)
+    wanted, have = SPECS[name].launch(*plain), SPECS[name].launch(*given)
+    if name == "rope_":
+        wanted, have = plain[:2], given[:2]
+    testing.assert_same(operators.listed(have), operators.listed(wanted))

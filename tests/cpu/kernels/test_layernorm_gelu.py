@@ -222,23 +222,6 @@ def test_gradient_without_optional_arguments() -> None:
     assert torch.autograd.gradcheck(sn72kernels.layernorm_gelu, (x,))
 
 
-def test_opcheck() -> None:
-    x, w = torch.randn(4, 8), torch.randn(8)
-    stats = torch.stack((torch.zeros(4), torch.ones(4)))
-    # The NaN-filled allocations of this folder's fixture do not trace; they are not needed here.
-    torch.use_deterministic_algorithms(False)
-    for keep in (False, True):
-        torch.library.opcheck(
-            torch.ops.sn72.layernorm_gelu_forward.default, (x, x, w, None, 1e-5, False, keep, keep)
-        )
-    torch.library.opcheck(
-        torch.ops.sn72.layernorm_gelu_backward.default, (x, None, x, stats, w, None, True)
-    )
-    torch.library.opcheck(
-        torch.ops.sn72.layernorm_gelu_backward.default, (x, x, x, stats, None, w, False)
-    )
-
-
 def test_compile_full_graph_forward_and_backward() -> None:
     torch.use_deterministic_algorithms(False)
     tensors = [torch.randn(2, 5, 16), torch.randn(16), torch.randn(16), torch.randn(2, 5, 16)]

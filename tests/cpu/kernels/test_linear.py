@@ -93,12 +93,10 @@ def test_quantised_layer_is_near_the_layer() -> None:
         assert bool(((have - want).abs() <= 1.13 * 64 * largest * (2 * error + error**2)).all())
 
 
-def test_opcheck_compile_and_export() -> None:
+def test_compile_and_export() -> None:
     torch.use_deterministic_algorithms(False)
     x, w = codes(5, 32, torch.int8, 0), codes(8, 32, torch.int8, 1)
     xs, ws = scales(5, True, 0), scales(8, True, 1)
-    arguments = (x, xs, w, ws, ws, "gelu", torch.float16)
-    torch.library.opcheck(torch.ops.sn72.linear.default, arguments)
 
     class Model(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

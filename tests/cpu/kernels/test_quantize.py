@@ -161,21 +161,9 @@ def test_zeros_and_unusable_rows_get_scale_one() -> None:
     assert empty.scale.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_opcheck_compile_and_export() -> None:
+def test_compile_and_export() -> None:
     torch.use_deterministic_algorithms(False)
-    x, scale = torch.randn(4, 8), torch.rand(8) + 0.1
-    ops = torch.ops.sn72
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for fp8 in (False, True):
-        # PyTorch compares tensors by arithmetic that it lacks for fp8, so two checks fall away.
-        chosen = checks[1:] if fp8 else (*checks, "test_aot_dispatch_dynamic")
-        codes = ops.quantize_static(x, scale, "channel", fp8)
-        for target, arguments in (
-            (ops.quantize_static, (x, scale, "channel", fp8)),
-            (ops.quantize_token, (x, fp8)),
-            (ops.dequantize, (codes, scale, "channel", torch.float16)),
-        ):
-            torch.library.opcheck(target.default, arguments, test_utils=chosen)
+    x = torch.randn(4, 8)
 
     def call(x: torch.Tensor) -> torch.Tensor:
         quantized = sn72kernels.quantize(x, granularity="token", dtype=FP8)

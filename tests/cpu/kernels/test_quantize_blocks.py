@@ -137,20 +137,9 @@ def test_zero_and_unusable_blocks() -> None:
     assert (back[1, 16:] == 448 * 2.0**-127).all()
 
 
-def test_opcheck_compile_and_export() -> None:
+def test_compile_and_export() -> None:
     torch.use_deterministic_algorithms(False)
-    x, one = torch.randn(4, 64), torch.ones(())
-    ops = torch.ops.sn72
-    # PyTorch compares tensors by arithmetic that it lacks for fp8, so two checks fall away.
-    checks = ("test_autograd_registration", "test_faketensor")
-    fours, eights = ops.quantize_nvfp4(x, one), ops.quantize_mxfp8(x)
-    for target, arguments in (
-        (ops.quantize_nvfp4, (x, one)),
-        (ops.quantize_mxfp8, (x,)),
-        (ops.dequantize_nvfp4, (*fours, one, torch.float16)),
-        (ops.dequantize_mxfp8, (*eights, torch.float16)),
-    ):
-        torch.library.opcheck(target.default, arguments, test_utils=checks)
+    x = torch.randn(4, 64)
 
     class Model(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -14,6 +14,7 @@ import torch
 import sn72kernels
 from sn72kernels import OPS, device, library, tune, tuning
 from sn72kernels.errors import ArgumentError, NoGpuError
+from tests.kernel_cases import operators
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -132,26 +133,6 @@ def test_lookup_tells_where_a_configuration_comes_from(monkeypatch: pytest.Monke
 # --- ops -----------------------------------------------------------------------------------
 
 
-# Small for the interpreter, which takes seconds for a million multiplications.
-ROWS = {"cascade_route": 64}
-
-
-def small_cases() -> list[tuning.Case]:
-    """The first case of each configuration of the ops that the interpreter runs quickly."""
-    found: dict[str, tuning.Case] = {}
-    torch.manual_seed(0)
-    for folder in (
-        "cascade_route",
-        "ensemble_vote",
-        "layernorm_gelu",
-        "quantize",
-        "quantize_blocks",
-    ):
-        for case in tune.cases(folder, CPU, rows=ROWS.get(folder, 2)):
-            found.setdefault(case.tunable.name, case)
-    return list(found.values())
-
-
 def test_every_op_declares_its_configurations() -> None:
     names: dict[str, str] = {}
     for folder in sorted(set(OPS.values())):
@@ -195,15 +176,77 @@ def test_explain_shows_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rule tile_config" in text
 
 
-def test_every_kernel_is_right_with_its_candidates() -> None:
-    """The rule's configuration and the two ends of what measuring tries."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    for case in small_cases():
-        wanted = case.reference(*case.args)
-        candidates = case.tunable.candidates(*case.key)
-        for candidate in dict.fromkeys((candidates[0], candidates[1], candidates[-1])):
-            with tuning.forced(case.tunable, candidate):
-                assert tune.agrees(case, wanted), (case.tunable.name, candidate)
+SPECS = operators.specs()
+
+
+def examples() -> list[tuple[str, int]]:
+    """One example for each kernel that is cut by a configuration; the in-place rope is rope."""
+    return [
+        (name, place)
+        for name, calls in operators.examples().items()
+        for place in range(len(calls))
+        # The others launch the same kernels, in another dtype or with other options.
+        if (name, place) not in {("attention", 1), ("cascade_route", 1), ("quantize_static", 2)}
+        if name != "rope_"
+    ]
+
+
+@pytest.mark.parametrize(("name", "place"), examples())
+def test_every_candidate_is_right(name: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever measuring may choose computes what the reference does."""
+    used: dict[str, tuple[tuning.Tunable[Any], tuple[object, ...]]] = {}
+    config = tuning.Tunable.config
+
+    def spy(tunable: tuning.Tunable[Any], device: torch.device, *key: object) -> Any:
+        used[tunable.name] = (tunable, key)
+        return config(tunable, device, *key)
+
+    arguments = operators.examples()[name][place]
+    spec = SPECS[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning.Tunable, "config", spy)
+        spec.launch(*arguments)
+    ((tunable, key),) = used.values()
+    # Sums over rows are not ordered by the reference, whose rounding tune.agrees() allows for.
+    case = tuning.Case(tunable, key, spec.launch, spec.reference, arguments, outputs(name))
+    wanted = spec.reference(*arguments)
+    # Interpreted, a launch does not depend on the numbers of warps and of stages.
+    candidates = {
+        tuple(n for field, n in asdict(c).items() if field not in ("warps", "stages")): c
+        for c in tunable.candidates(*key)
+    }
+    for candidate in candidates.values():
+        with tuning.forced(tunable, candidate):
+            assert tune.agrees(case, wanted), candidate
+
+
+def outputs(name: str) -> int | None:
+    """Routes follow from the logits, whose last bits depend on the configuration."""
+    return 2 if name == "classifier_head" else None
+
+
+def test_layers_of_another_size_do_not_share_a_configuration() -> None:
+    from sn72kernels.ops.linear import op
+
+    def layer(units: int, depth: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+        return torch.empty(units, depth, dtype=dtype)
+
+    fp8 = torch.float8_e4m3fn
+    with device.assume(90):
+        keys = {
+            op._key(rows, w)
+            for rows in (1, 16)
+            for w in (layer(64, 32), layer(32, 64), layer(64, 64), layer(64, 32, fp8))
+        }
+        assert op._key(9, layer(64, 32)) == op._key(16, layer(64, 32))  # batches vary
+        wanted = op.PRODUCT.candidates(16, 64, 32, "int8")[-1]
+        write(90, **{"linear.product__16__64__32__int8": asdict(wanted)})
+        assert op.PRODUCT.config(CUDA, 16, 64, 32, "int8") == wanted
+        for other in ((16, 32, 64, "int8"), (16, 64, 32, "fp8"), (32, 64, 32, "int8")):
+            assert op.PRODUCT.config(CUDA, *other) == op.linear_config(*other)
+    with device.assume(80):
+        keys.add(op._key(1, layer(64, 32, fp8)))
+    assert len(keys) == 9
 
 
 def test_wrong_results_do_not_agree() -> None:
