@@ -133,10 +133,7 @@ _HEADLINE = re.compile(
     re.MULTILINE,
 )
 # "kernel(int *)+0x90 in file.cu:41", "at 0x90 in kernel(int *)"; arguments may hold spaces.
-_AT = re.compile(
-    r"\bat (?:0x[0-9a-f]+ in )?(?:\[clone )?(?!__shared__|0x)([\w:<>, ]+?)(?:\(|\+0x|$)",
-    re.MULTILINE,
-)
+_AT = re.compile(r"\bat (?:0x[0-9a-f]+ in )?(?:\[clone )?(?!__shared__|0x)([\w:<>, ]+?)(?:\(|\+0x)")
 
 
 def parse(text: str) -> Parsed:
