@@ -9,9 +9,7 @@ from sn72engine.cli.outcome import Outcome, engine_folder, table
 
 SUMMARY = "put weights into a TensorRT engine that was built without them"
 EXAMPLES = """\
-  sn72engine build model.onnx --backend tensorrt --precision fp16 \\
-      --refit identical --strip-weights             # a small file, without the weights
-  sn72engine refit 3f2a9c model.onnx                # the whole engine, in the store
+  sn72engine refit 3f2a9c1d model.onnx     # an engine of build --refit identical --strip-weights
 """
 
 
