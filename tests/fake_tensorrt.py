@@ -345,6 +345,8 @@ class IExecutionContext:
 
     def set_device_memory(self, memory: int, size: int) -> None:
         """Take scratch memory."""
+        if "set_device_memory" in self._plan.refuse:
+            raise RuntimeError("set_device_memory was told to fail")
         self._memory = (memory, size)
 
     def infer_shapes(self) -> list[str]:

@@ -169,7 +169,13 @@ class LoadedEngine:
             return
         if budget is None:
             budget = self._engine.get_weight_streaming_automatic_budget()
-        self._engine.weight_streaming_budget_v2 = budget
+        budget = min(budget, self._engine.streamable_weights_size)
+        try:
+            self._engine.weight_streaming_budget_v2 = budget
+        except RuntimeError as error:
+            raise SessionError(
+                f"TensorRT refused a weight budget of {budget} bytes: {self.explain()}"
+            ) from error
         self.check(
             self._engine.weight_streaming_budget_v2 == budget, f"a weight budget of {budget} bytes"
         )

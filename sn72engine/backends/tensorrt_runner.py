@@ -86,13 +86,16 @@ class TensorRTRunner:
         loaded = self._open()
         with self._device.queued():
             bound = {}
-            for name, array in inputs.items():
-                host = torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
-                bound[name] = self._buffer(name, tuple(host.shape), array.dtype.name)
-                bound[name].copy_(host, non_blocking=True)
-            results = self._enqueue(loaded, bound, self._buffer)
-            # Copying to the host waits for the stream, and gives memory that is not reused.
-            return {name: tensor.cpu().numpy() for name, tensor in results.items()}
+            try:
+                for name, array in inputs.items():
+                    host = torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
+                    bound[name] = self._buffer(name, tuple(host.shape), array.dtype.name)
+                    bound[name].copy_(host, non_blocking=True)
+                results = self._enqueue(loaded, bound, self._buffer)
+                # Copying to the host waits for the stream, and gives memory that is not reused.
+                return {name: tensor.cpu().numpy() for name, tensor in results.items()}
+            except RuntimeError as error:  # of PyTorch, or of a binding that raises
+                raise _failed(error, loaded) from error
 
     def run_device(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Execute on contiguous tensors of this device, in order with the current stream.
@@ -104,7 +107,10 @@ class TensorRTRunner:
         """
         loaded = self._open()
         with self._device.in_order():
-            results = self._enqueue(loaded, inputs, self._fresh)
+            try:
+                results = self._enqueue(loaded, inputs, self._fresh)
+            except RuntimeError as error:
+                raise _failed(error, loaded) from error
         # Both streams use these blocks: the allocator must not hand them on before both are done.
         self._device.used_here(inputs.values())
         self._device.used_by_caller(results.values())
@@ -143,10 +149,7 @@ class TensorRTRunner:
         for name, tensor in inputs.items():
             check(context.set_input_shape(name, tuple(tensor.shape)), f"shape of {name!r}")
             check(context.set_tensor_address(name, tensor.data_ptr()), f"input {name!r}")
-        try:
-            missing = context.infer_shapes()
-        except RuntimeError as error:
-            raise SessionError(f"TensorRT refused these shapes: {loaded.explain()}") from error
+        missing = context.infer_shapes()
         if missing:
             raise SessionError(f"TensorRT cannot work out shapes without {', '.join(missing)}")
         results, open_ended = {}, {}
@@ -202,6 +205,16 @@ class TensorRTRunner:
         if self._loaded is None:
             raise SessionError("this engine was closed; load it again")
         return self._loaded
+
+
+def _failed(error: RuntimeError, loaded: LoadedEngine) -> SessionError:
+    """The error to raise in place of one of PyTorch or of TensorRT's bindings."""
+    text = " ".join(str(error).split())[:400]
+    if type(error).__name__ == "OutOfMemoryError":
+        return SessionError(
+            f"not enough device memory to run: lower the batch, or hold fewer sessions ({text})"
+        )
+    return SessionError(f"TensorRT failed while running: {text}; {loaded.explain()}")
 
 
 def make_allocator(trt: Any, device: Device) -> Any:

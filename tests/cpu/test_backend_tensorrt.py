@@ -117,6 +117,19 @@ def test_which_cards_run_an_engine(target: str, present: str | None, expected: b
     assert runs_on(target, present) is expected
 
 
+def test_an_engine_for_all_later_cards_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = TensorRTOptions(hardware_compatibility="ampere_plus")
+    options = BuildOptions(backend="tensorrt", tensorrt=asked)
+    backend = TensorRTBackend("tensorrt")
+    for card in ("sm_86", "sm_120"):
+        monkeypatch.setattr(tensorrt, "device_target", lambda card=card: card)
+        assert backend.target(options) == "sm_80+"
+        assert backend.target(BuildOptions(backend="tensorrt")) == card
+    monkeypatch.setattr(tensorrt, "device_target", lambda: "sm_75")
+    with pytest.raises(BuildError, match=r"from sm_80 on .* this one is sm_75"):
+        backend.target(options)
+
+
 class Builder:
     """A real builder, network and configuration of TensorRT-RTX."""
 

@@ -307,7 +307,8 @@ def test_no_memory_for_an_output_is_said(opened: Opened, monkeypatch: pytest.Mon
     [
         ("set_input_shape", "refused shape of 'x'"),
         ("set_tensor_address", "refused input 'x'"),
-        ("infer_shapes", "refused these shapes: .*shapes clash"),
+        ("infer_shapes", "failed while running: infer_shapes; .*shapes clash"),
+        ("set_device_memory", "failed while running: set_device_memory was told to fail"),
         ("execute_async_v3", "refused the launch: .*was told to fail"),
     ],
 )
@@ -315,6 +316,21 @@ def test_a_call_that_fails_is_an_error(opened: Opened, method: str, message: str
     with opened(plan(refuse=[method])) as session:
         with pytest.raises(SessionError, match=message):
             session(some(2))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_no_memory_to_run_is_said(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, on_device: bool
+) -> None:
+    def full(self: HostDevice, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with opened(plan()) as session:
+        runner = session._runner
+        run = runner.run_device if on_device else runner.run
+        monkeypatch.setattr(HostDevice, "empty", full)
+        with pytest.raises(SessionError, match=r"not enough device memory .*lower the batch"):
+            run({"x": torch.from_numpy(some(2)) if on_device else some(2)})
 
 
 def test_an_allocator_that_is_refused_is_an_error(opened: Opened) -> None:
@@ -458,7 +474,7 @@ def test_rtx_is_told_how_to_run(
         assert config.dynamic_shapes_kernel_specialization_strategy.name == kernels
 
 
-@pytest.mark.parametrize(("asked", "budget"), [(None, 500), (0, 0), (300, 300)])
+@pytest.mark.parametrize(("asked", "budget"), [(None, 500), (0, 0), (300, 300), (5000, 1000)])
 def test_weights_stream_within_a_budget(opened: Opened, asked: int | None, budget: int) -> None:
     options = RuntimeOptions(weight_streaming_bytes=asked)
     with opened(plan(streamable=1000), options=options) as session:
