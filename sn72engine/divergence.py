@@ -431,10 +431,15 @@ class _Comparer:
                 continue
             right = set(errors) - wrong
             clear = right | ancestors(right, self._fed_by) | set(errors)
-            left = sorted(ancestors([first], self._fed_by) - clear, key=self._order.__getitem__)
+            left = ancestors([first], self._fed_by) - clear
+            if not left:
+                # Errors can cancel on the way to a right tensor, so what the tensor to blame is
+                # computed from is looked at, and not only taken to be right.
+                left = set(self._fed_by[first]) - set(errors)
             if not left:
                 return errors
-            probes = self._fitting([left[place] for place in spread(len(left), _PROBES)])
+            ordered = sorted(left, key=self._order.__getitem__)
+            probes = self._fitting([ordered[place] for place in spread(len(ordered), _PROBES)])
             errors |= self._measured(probes, probes)
             bar.step(len(probes))
 
