@@ -82,7 +82,7 @@ class ClassifierHead(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, shape (..., 1), dtype of ``x``."""
-        if self.training or _wants_gradient(self, x):
+        if _trains(self, x):
             out: torch.Tensor = super().forward(x)  # type: ignore[no-untyped-call]
             return out
         logits = self.decide(x.reshape(-1, x.shape[-1])).logits
@@ -139,16 +139,12 @@ class RotaryAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the original; the weights of the attention are None."""
-        if (
-            attention_mask is not None
-            or position_embeddings is None
-            or kwargs.get("output_attentions")
-            or _wants_gradient(self, hidden_states)
-        ):
+        if not self.runs(hidden_states, attention_mask, position_embeddings, **kwargs):
             out: tuple[torch.Tensor, torch.Tensor | None] = self._original[0](
                 hidden_states, attention_mask, position_embeddings, **kwargs
             )
             return out
+        assert position_embeddings is not None
         shape = (*hidden_states.shape[:2], self.num_heads, self.head_dim)
         q, k, v = (
             projection(hidden_states).view(shape).transpose(1, 2)
@@ -158,12 +154,25 @@ class RotaryAttention(nn.Module):
         joined = sn72kernels.attention(q, k, v, scale=self.scaling).transpose(1, 2).flatten(2)
         return self.o_proj(joined), None
 
+    def runs(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> bool:
+        """Whether a call runs the ops here, and not the original."""
+        asked = attention_mask is not None or kwargs.get("output_attentions")
+        return not (asked or position_embeddings is None or _trains(self, hidden_states))
+
 
 class Attention(nn.Module):
     """Attention with one projection for queries, keys and values, as in timm.
 
     Args:
-        original: has ``qkv``, ``proj``, ``num_heads``; may have ``q_norm``, ``k_norm``, ``scale``.
+        original: has ``qkv``, ``proj``, ``num_heads``; may have ``q_norm``, ``k_norm``, ``norm``
+            (of the joined heads), ``scale``; and, as timm's DINOv3, ``num_prefix_tokens`` and
+            ``rotate_half``.
     """
 
     qkv: nn.Module
@@ -175,14 +184,25 @@ class Attention(nn.Module):
             self.add_module(name, child)
         self.num_heads = original.num_heads
         self.scale = getattr(original, "scale", None)
+        self.rotate_half = getattr(original, "rotate_half", False)
+        self.num_prefix_tokens = getattr(original, "num_prefix_tokens", 0)
         self.train(original.training)
         self._original = (original,)  # in a tuple, so that nothing is registered twice
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Shape (B, T, D), as the original."""
-        given = [value for value in (*args, *kwargs.values()) if value is not None]
-        if given or _wants_gradient(self, x):
-            out: torch.Tensor = self._original[0](x, *args, **kwargs)
+    def forward(
+        self, x: torch.Tensor, *args: Any, rope: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Shape (B, T, D), as the original.
+
+        Args:
+            x: shape (B, T, D).
+            args: handed to the original.
+            rope: sines and cosines side by side, shape (P, 2 * head_dim).
+            kwargs: handed to the original.
+        """
+        if not self.runs(x, *args, rope=rope, **kwargs):
+            given = kwargs if rope is None else {"rope": rope, **kwargs}
+            out: torch.Tensor = self._original[0](x, *args, **given)
             return out
         batch, tokens, _ = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -190,9 +210,24 @@ class Attention(nn.Module):
             norm(t) if norm is not None else t
             for norm, t in ((getattr(self, "q_norm", None), q), (getattr(self, "k_norm", None), k))
         )
+        if rope is not None:
+            sin, cos = rope.chunk(2, -1)
+            q, k = sn72kernels.rope(q, k, cos, sin)
         joined = sn72kernels.attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
-        projected: torch.Tensor = self.proj(joined)
+        norm = getattr(self, "norm", None)
+        projected: torch.Tensor = self.proj(joined if norm is None else norm(joined))
         return projected
+
+    def runs(
+        self, x: torch.Tensor, *args: Any, rope: torch.Tensor | None = None, **kwargs: Any
+    ) -> bool:
+        """Whether a call runs the ops here, and not the original."""
+        if rope is not None:
+            patches = x.shape[1] - self.num_prefix_tokens
+            if not self.rotate_half or rope.dim() != 2 or rope.shape[0] != patches:
+                return False
+        given = [v for v in (*args, *kwargs.values()) if v is not None and v is not False]
+        return not (given or _trains(self, x))
 
 
 # --- patching ------------------------------------------------------------------------------
@@ -267,9 +302,9 @@ def patch(
     """Swap what fits for the modules here, check each against the original, and say what was done.
 
     Recognised: ``nn.LayerNorm`` then ``nn.GELU`` in an ``nn.Sequential``; an ``nn.Sequential``
-    that :class:`ClassifierHead` takes; attention as in transformers' DINOv3 and as in timm. A
-    module that the example does not reach is left alone, and so is one that is used in two
-    places.
+    that :class:`ClassifierHead` takes; attention as in transformers' DINOv3 and as in timm, its
+    DINOv3 included. A module that the example does not reach is left alone, and so is one that is
+    used in two places, or called with what its replacement would hand back to it (a mask).
 
     Args:
         model: in eval mode; changed in place.
@@ -292,7 +327,7 @@ def patch(
         result = Patched()
         changes, refused = [], []
         for candidate in candidates:
-            if candidate.arguments is None:
+            if candidate.arguments is None or not _runs(candidate):
                 continue
             error, limit = _compare(candidate, tolerance)
             after = type(candidate.swaps[candidate.entry]).__name__
@@ -373,6 +408,8 @@ def _head_parts(layers: nn.Sequential) -> tuple[Any, Any, Any, Any] | None:
 
 
 def _is_rotary(module: nn.Module) -> bool:
+    if next(module.parameters(recurse=False), None) is not None:
+        return False  # parameters of its own would be missing from the state dict
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "num_heads", "head_dim", "scaling")
     if not all(hasattr(module, name) for name in names):
         return False
@@ -380,6 +417,8 @@ def _is_rotary(module: nn.Module) -> bool:
 
 
 def _is_attention(module: nn.Module) -> bool:
+    if next(module.parameters(recurse=False), None) is not None:
+        return False
     linear = (getattr(module, name, None) for name in ("qkv", "proj"))
     return all(isinstance(part, nn.Linear) for part in linear) and isinstance(
         getattr(module, "num_heads", None), int
@@ -415,6 +454,14 @@ def _observe(
             handle.remove()
 
 
+def _runs(candidate: _Candidate) -> bool:
+    """Whether the replacement would do the work, and not hand it to the original."""
+    assert candidate.arguments is not None
+    args, kwargs = candidate.arguments
+    runs = getattr(candidate.swaps[candidate.entry], "runs", None)
+    return runs is None or bool(runs(*args, **kwargs))
+
+
 def _compare(candidate: _Candidate, tolerance: float | None) -> tuple[float, float]:
     assert candidate.arguments is not None
     args, kwargs = candidate.arguments
@@ -447,6 +494,11 @@ def _flat(tree: Any, value: Any) -> list[Any]:
 
 def _call(model: nn.Module, example: Sequence[Any] | Mapping[str, Any]) -> Any:
     return model(**example) if isinstance(example, Mapping) else model(*example)
+
+
+def _trains(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether dropout would act, or a gradient is wanted."""
+    return module.training or _wants_gradient(module, x)
 
 
 def _wants_gradient(module: nn.Module, x: torch.Tensor) -> bool:

@@ -138,6 +138,14 @@ def test_thresholds_per_sample() -> None:
     assert spread.routes.tolist() == [1, 1, 1, 1]
 
 
+def test_no_hidden_units_leave_the_last_bias() -> None:
+    x, _, _, w1, b1, w2, b2 = make(3, 32, 16, torch.float32, 7)
+    tail = (None, None, 0.3, 0.7, False, 1e-5, False)
+    arguments = (x, None, None, w1[:0], b1[:0], w2[:0], b2, *tail)
+    for have, want in zip(op.launch_head(*arguments), reference.head(*arguments), strict=True):
+        assert torch.equal(have, want)
+
+
 def test_large_batches_run_the_composed_ops() -> None:
     x, w1 = torch.empty(257, 32), torch.empty(16, 32)
     assert "257 samples are more than 256" in str(op.HEAD.unsupported(x, None, None, w1))

@@ -49,7 +49,7 @@ def cases() -> list[tuple[str, int, int]]:
     """Operator, number of its example, and a dimension that a kernel walks by a stride."""
     found = []
     for name, calls in operators.examples().items():
-        leading = 3 if name in ("attention", "rope", "rope_") else 1
+        leading = {"attention": 3, "rope": 3, "rope_": 3, "preprocess": 4}.get(name, 1)
         if name not in COPIED:
             found += [(name, call, at) for call in range(len(calls)) for at in range(leading)]
     return found
@@ -60,8 +60,9 @@ def cases() -> list[tuple[str, int, int]]:
 def test_rows_far_apart(name: str, call: int, place: int) -> None:
     """All tensors of a call at once that have three rows or more, so that an index reaches two."""
     arguments = operators.examples()[name][call]
-    vectors = name == "cascade_route"  # whose scores and thresholds have a stride
-    if vectors and arguments[0].numel() > 100:
+    # Scores and thresholds have a stride, and pixels one from channel to channel.
+    vectors = name in ("cascade_route", "preprocess")
+    if name == "cascade_route" and arguments[0].numel() > 100:
         arguments = (arguments[0][:100], *arguments[1:])  # larger batches read in the same way
     moved = 0
 

@@ -107,6 +107,13 @@ def test_compile_and_export() -> None:
     assert torch.equal(torch.export.export(Model(), (x,)).module()(x), want)
 
 
+def test_long_rows_of_int8_run_the_reference() -> None:
+    """131071 products of -128 and -128 fit 32 bits, one more does not."""
+    assert op.LINEAR.unsupported(torch.empty(1, 131071, dtype=torch.int8)) is None
+    assert "131072 products" in str(op.LINEAR.unsupported(torch.empty(1, 131072, dtype=torch.int8)))
+    assert op.LINEAR.unsupported(torch.empty(1, 131072, dtype=FP8)) is None
+
+
 def test_errors_name_the_argument() -> None:
     x, w, one = codes(5, 32, torch.int8, 0), codes(8, 32, torch.int8, 1), torch.ones(())
     with pytest.raises(DtypeError, match="dtype of x: expected int8 or float8_e4m3fn"):

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from sn72kernels.errors import ArgumentError, PatchError
-from sn72kernels.nn import Attention, ClassifierHead, LayerNormGelu, RotaryAttention, patch
+from sn72kernels.nn import (
+    TOLERANCE,
+    Attention,
+    ClassifierHead,
+    LayerNormGelu,
+    RotaryAttention,
+    patch,
+)
+from sn72kernels.testing import error_ratio
 
 
 class PlainAttention(nn.Module):
@@ -98,7 +106,7 @@ def test_what_differs_is_refused(model: Model) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) + 1.0
 
-    model.attention = Odd(24, 3)
+    model.attention = Odd(24, 3).eval()
     patched = patch(model, {"x": X})
     assert [change.name for change in patched.refused] == ["attention"]
     assert patched.refused[0].error > 0.1
@@ -164,3 +172,126 @@ def test_dinov3_of_transformers() -> None:
         torch.testing.assert_close(model(pixels).last_hidden_state, before)
         patched.revert()
         assert torch.equal(model(pixels).last_hidden_state, before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "attention"),
+    [(torch.float32, "eager"), (torch.float64, "sdpa"), (torch.bfloat16, "sdpa")],
+)
+def test_everything_that_fits_a_classifier_on_dinov3(dtype: torch.dtype, attention: str) -> None:
+    """Attention with rotary embedding, LayerNorm and GELU, and the head: numbers, report, back."""
+    module = pytest.importorskip("transformers.models.dinov3_vit.modeling_dinov3_vit")
+    config = module.DINOv3ViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+        image_size=32, patch_size=8, num_register_tokens=4, attn_implementation=attention,
+    )  # fmt: skip
+
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = module.DINOv3ViTModel(config)
+            self.neck = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.GELU())
+            self.head = nn.Sequential(
+                nn.LayerNorm(32), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 1)
+            )
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return self.head(self.neck(self.backbone(pixels).pooler_output))
+
+    torch.manual_seed(0)
+    model = Classifier().to(dtype).eval()
+    with torch.no_grad():  # random weights this small leave attention nothing to do
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.dim() == 2 else 1.0)
+    pixels, others = torch.randn(2, 2, 3, 32, 48).to(dtype)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        before = [model(images) for images in (pixels, others)]
+        patched = patch(model, (pixels,))
+        kinds = [change.after for change in patched.changes]
+        assert sorted(kinds) == ["ClassifierHead", "LayerNormGelu"] + ["RotaryAttention"] * 3
+        assert patched.refused == ()
+        limit = TOLERANCE[dtype]
+        assert all(change.error <= limit for change in patched.changes)
+        assert patched.error <= limit
+        # Also on what it was not patched with.
+        assert error_ratio(model(others), before[1]) <= limit
+        assert "RotaryAttention (error" in str(patched)
+        assert model.state_dict().keys() == state.keys()
+        model.load_state_dict(state)
+        assert error_ratio(model(pixels), before[0]) <= limit
+        torch.use_deterministic_algorithms(False)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert error_ratio(compiled(others), before[1]) <= limit
+        patched.revert()
+        for images, wanted in zip((pixels, others), before, strict=True):
+            assert torch.equal(model(images), wanted)
+
+
+class EvaLike(nn.Module):
+    """As timm's attention with rotary embedding, which its DINOv3 has."""
+
+    def __init__(self, rotate_half: bool, bias: bool) -> None:
+        super().__init__()
+        self.num_heads, self.scale = 3, 8**-0.5
+        self.num_prefix_tokens, self.rotate_half = 2, rotate_half
+        self.qkv, self.proj = nn.Linear(24, 72, bias=False), nn.Linear(24, 24)
+        self.q_norm, self.k_norm, self.norm = nn.LayerNorm(8), nn.Identity(), nn.LayerNorm(24)
+        self.q_bias = nn.Parameter(torch.zeros(24)) if bias else None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).reshape(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            sin, cos = rope.chunk(2, -1)
+            q, k = (self.turned(t, sin, cos) for t in (q, k))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask)
+        return self.proj(self.norm(out.transpose(1, 2).reshape(b, t, d)))
+
+    def turned(self, x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
+        first, rest = x[:, :, :2], x[:, :, 2:]
+        if self.rotate_half:
+            other = torch.cat((-rest[..., 4:], rest[..., :4]), -1)
+        else:
+            other = torch.stack((-rest[..., 1::2], rest[..., ::2]), -1).flatten(-2)
+        return torch.cat((first, rest * cos + other * sin), 2)
+
+
+@pytest.mark.parametrize(
+    ("rotate_half", "bias", "swapped"),
+    [(True, False, True), (False, False, False), (True, True, False)],
+)
+def test_dinov3_of_timm(rotate_half: bool, bias: bool, swapped: bool) -> None:
+    """Halves are turned; interleaved pairs, and parameters of its own, stay with the original."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = EvaLike(rotate_half, bias)
+
+        def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+            return x + self.attn(x, rope=rope, attn_mask=None, is_causal=False)
+
+    torch.manual_seed(0)
+    model, x, rope = Block().eval(), torch.randn(2, 7, 24), torch.randn(5, 16)
+    with torch.no_grad():
+        before = model(x, rope)
+        patched = patch(model, (x, rope))
+        assert bool(patched.changes) == swapped == isinstance(model.attn, Attention)
+        assert patched.refused == ()
+        torch.testing.assert_close(model(x, rope), before)
+        torch.testing.assert_close(model.attn(x), EvaLike.forward(patched_original(model.attn), x))
+    with_gradient = model(x, rope)  # the original's graph, dropout and all
+    assert with_gradient.requires_grad
+    torch.testing.assert_close(with_gradient.detach(), before)
+
+
+def patched_original(module: nn.Module) -> nn.Module:
+    return module._original[0] if isinstance(module, Attention) else module

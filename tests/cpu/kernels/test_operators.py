@@ -88,6 +88,25 @@ def test_launcher_agrees_with_the_reference(
                 assert torch.equal(one, other)
 
 
+# Kernel -> most programs along the second axis of its grid, which ends at 65535.
+SECOND_AXIS = {
+    "hidden": "1024 parts, as the op's unsupported() sees to",
+    "backward_columns": "two for each multiprocessor",
+}
+
+
+def test_no_grid_grows_along_a_short_axis() -> None:
+    """Batches times heads, or rows over rows per program, can be more than 65535."""
+    found = set()
+    for name, calls in operators.examples().items():
+        for call in calls:
+            meta = operators.each_tensor(lambda t: t.to("meta"), call)
+            for launch in testing.record(SPECS[name].launch, *meta, arch=90):
+                if len(launch.grid) > 1:
+                    found.add(launch.kernel.fn.__name__)
+    assert found == set(SECOND_AXIS)
+
+
 # --- public ops ----------------------------------------------------------------------------
 
 

@@ -124,6 +124,35 @@ def test_weights_are_found_again() -> None:
     assert geometry.axis_taps.cache_info().hits == before + 2
 
 
+class OnStream:
+    """Stands for weights on a card: what keeps their memory is asked for, nothing runs."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self) -> None:
+        self.streams: list[object] = []
+
+    def record_stream(self, stream: object) -> None:
+        self.streams.append(stream)
+
+
+def test_memory_of_weights_outlives_their_place_in_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stream that reads them is noted; what a graph captured stays for good."""
+    monkeypatch.setattr(op, "_captured", {})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    weights = OnStream()
+    op._keep([weights])  # type: ignore[list-item]
+    assert (weights.streams, op._captured) == (["stream"], {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    op._keep([weights])  # type: ignore[list-item]
+    op._keep([weights])  # type: ignore[list-item]
+    assert list(op._captured.values()) == [weights]
+    assert weights.streams == ["stream"]
+
+
 class Model(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return sn72kernels.preprocess(images, (4, 5))
