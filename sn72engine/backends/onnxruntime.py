@@ -199,7 +199,7 @@ def _open(
             str(model.path),
             settings,
             providers=providers.listed(setting, model, options),
-            enable_fallback=0,
+            enable_fallback=0,  # nor when a later call fails
         )
     except Exception as error:  # its exceptions share no base class
         raise error_type(

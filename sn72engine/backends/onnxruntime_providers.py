@@ -93,7 +93,6 @@ def confirm(session: Any, setting: Setting, options: RuntimeOptions, error: Fail
     Raises:
         BuildError, SessionError: as given.
     """
-    session.disable_fallback()  # nor may it change providers when a later call fails
     if setting.kind == "cpu" or session.get_providers()[0] == _NAMES[setting.kind]:
         return
     raise error(

@@ -168,7 +168,7 @@ def test_only_loans_can_be_given_back(pool: SessionPool) -> None:
 
 
 def test_closing_waits_for_loans_and_turns_others_away(engine: Engine) -> None:
-    pool = SessionPool(engine, ONE_THREAD, size=1, timeout=5.0)
+    pool = SessionPool(engine, ONE_THREAD, size=1, timeout=60.0)
     session = pool.acquire()
     refused: list[str] = []
 
