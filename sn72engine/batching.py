@@ -26,10 +26,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from sn72engine.cascade.result import Result, Status
+from sn72engine.closing import Closing
 from sn72engine.errors import CascadeError, OptionError, OverloadedError
 from sn72engine.events import BatchEvent, Observe, Outcome, RequestsEvent, notify
 from sn72engine.spec import Options, check_int, check_number
@@ -117,7 +117,7 @@ _Line = OrderedDict[_Request, None]
 """Requests of one client, oldest first; a dictionary so that one can leave from the middle."""
 
 
-class MicroBatcher:
+class MicroBatcher(Closing):
     """Answers single images, in batches. Thread-safe; use as a context manager, or close it.
 
     Order: first come, first served. Where callers name their ``client``, clients take turns, one
@@ -250,17 +250,6 @@ class MicroBatcher:
         self._fail(lost, "closed", f"no answer within {patience} s of closing the batcher")
         if self._clock is not None:
             _join([self._clock], end)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # ------------------------------------------------------------ in line; the lock is held
 

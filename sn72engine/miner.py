@@ -6,8 +6,7 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from sn72engine.batching import BatchingOptions, MicroBatcher
 from sn72engine.cascade.cascade import Cascade
@@ -15,6 +14,7 @@ from sn72engine.cascade.opening import Given
 from sn72engine.cascade.report import CascadeReport
 from sn72engine.cascade.result import Result
 from sn72engine.cascade.spec import ALWAYS, CascadeSpec
+from sn72engine.closing import Closing
 from sn72engine.errors import OptionError
 from sn72engine.events import Observe
 from sn72engine.spec import RuntimeOptions, check_choice
@@ -32,7 +32,7 @@ DEFAULT_DEADLINE = 8.0
 UNKNOWN = 0.5
 
 
-class RoadworkDetector:
+class RoadworkDetector(Closing):
     """Is there roadwork in a picture? Built once, then called per picture.
 
     Construction raises when anything is wrong, so that a miner does not start half broken. After
@@ -131,17 +131,6 @@ class RoadworkDetector:
         if self._batcher is not None:
             self._batcher.close(patience=self._cascade.spec.deadline)
         self._cascade.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _answer(self, result: Result) -> float:
         return rounding_to_label(

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import accumulate
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from sn72engine import _deps
+from sn72engine.closing import Closing
 from sn72engine.metrics import DEFINITIONS, HistogramValue, Metrics
 
 
@@ -48,7 +48,7 @@ class Collector:
         return self.collect()
 
 
-class MetricsServer:
+class MetricsServer(Closing):
     """Serves metrics over HTTP, on a thread. Use as a context manager, or close it.
 
     Args:
@@ -77,17 +77,6 @@ class MetricsServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _client(submodule: str = "") -> Any:

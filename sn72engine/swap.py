@@ -22,14 +22,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from sn72engine.cascade.cascade import Cascade, Flags, Thresholds
 from sn72engine.cascade.executor import Progress
 from sn72engine.cascade.report import CascadeReport
 from sn72engine.cascade.result import Result, Status
 from sn72engine.cascade.spec import CascadeSpec
+from sn72engine.closing import Closing
 from sn72engine.errors import CascadeError, OptionError, VerificationError
 from sn72engine.events import Observe
 from sn72engine.shadow import Shadow, ShadowOptions, ShadowReport
@@ -55,7 +55,7 @@ class _Candidate:
     observe: Observe | None
 
 
-class Swappable:
+class Swappable(Closing):
     """A cascade that can be replaced without a gap. Thread-safe; use as a context manager.
 
     It is called as a :class:`~sn72engine.cascade.cascade.Cascade` is, so a batcher can run it. It
@@ -262,17 +262,6 @@ class Swappable:
             closers, self._closers = self._closers, []
         for closer in closers:
             closer.join(patience)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # ------------------------------------------------------------ which cascade is in use
 
