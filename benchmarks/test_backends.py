@@ -1,4 +1,4 @@
-"""ONNX Runtime against OpenVINO on a CPU, each with FP32 and INT8: a convolutional model and a ViT.
+"""ONNX Runtime against OpenVINO on a CPU, each with FP32 and INT8: a convolutional model, two ViTs.
 
 Run with ``pytest benchmarks/test_backends.py``. All four engines take turns in one run, with one
 thread each, so that their ratios mean something on a busy machine; medians, and the agreement of
@@ -56,6 +56,33 @@ class Subject:
     images: Callable[[int], Any]
 
 
+def random_dinov3() -> torch.nn.Module:
+    """A small DINOv3 with a one-logit head and random weights: for times, not for accuracy."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    backbone = transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(
+            hidden_size=192, num_hidden_layers=6, num_attention_heads=3, intermediate_size=768,
+            num_register_tokens=4, initializer_range=192**-0.5, attn_implementation="eager",
+        )
+    )  # fmt: skip
+    return Dinov3(backbone).eval().requires_grad_(False)
+
+
+class Dinov3(torch.nn.Module):
+    """Pixels (N, 3, 224, 224) to logits (N, 1)."""
+
+    def __init__(self, backbone: torch.nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = torch.nn.Sequential(
+            torch.nn.Linear(192, 256), torch.nn.GELU(), torch.nn.Linear(256, 1)
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(pixel_values=pixel_values).pooler_output)
+
+
 SUBJECTS = {
     "lite0": Subject(
         lambda: pretrained("lite0"),
@@ -64,6 +91,9 @@ SUBJECTS = {
     ),
     "small_vit": Subject(
         lambda: trained("small_vit"), PREPROCESS, lambda seed: list(dataset(IMAGES, seed)[0])
+    ),
+    "small_dinov3": Subject(
+        random_dinov3, Preprocess(), lambda seed: list(dataset(IMAGES, seed, size=224)[0])
     ),
 }
 
