@@ -327,13 +327,13 @@ def _cuda_products(device: torch.device) -> dict[str, float]:
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     one = torch.ones((), device=device)
     a8, b8 = (t.to(torch.float8_e4m3fn) for t in (a, b.t().contiguous()))
-    ai, bi = ((t * 16).to(torch.int8) for t in (a, b))
+    ai, bi = ((t * 16).to(torch.int8) for t in (a, b.t().contiguous()))
     calls: dict[str, Callable[[], object]] = {
         "bfloat16": lambda: torch.mm(a, b),
         "float8_e4m3fn": lambda: torch._scaled_mm(
             a8, b8.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True
         ),
-        "int8": lambda: torch._int_mm(ai, bi),
+        "int8": lambda: torch._int_mm(ai, bi.t()),
     }
     found = {}
     for name, call in calls.items():

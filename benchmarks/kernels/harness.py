@@ -179,7 +179,7 @@ def read(path: Path) -> dict[str, Any]:
         whole = json.loads(text)
     except ValueError:
         whole = None
-    if isinstance(whole, dict) and "races" in whole:
+    if isinstance(whole, dict) and whole.get("header") and "races" in whole:
         return whole
     lines = []
     for line in text.splitlines():

@@ -47,3 +47,23 @@ def test_graph_streams_and_torch_compile() -> None:
     check_graph_and_streams(call, first, second)
     for have, want in zip(compiled(call)(*first), call(*first), strict=True):
         torch.testing.assert_close(have, want, rtol=2.0**-10, atol=2.0**-10)
+
+
+def test_gradient_is_the_rotation_back() -> None:
+    """Through autograd, against float64 on the CPU."""
+    q, k = make(4, torch.float32, 64, 0), make(2, torch.float32, 64, 1)
+    grads = make(4, torch.float32, 64, 2), make(2, torch.float32, 64, 3)
+    cos, sin = tables.axial(SIDE, SIDE, 64)
+
+    def gradients(*tensors: torch.Tensor, exact: bool) -> tuple[torch.Tensor, ...]:
+        leaves = [t.detach().clone().requires_grad_() for t in tensors[:2]]
+        op = reference.rope if exact else sn72kernels.rope
+        given = [t.to(leaves[0].device) for t in (cos, sin)]
+        if exact:
+            given = [t.double().expand(2, -1, -1) for t in given]
+        return torch.autograd.grad(op(*leaves, *given), leaves, tensors[2:])
+
+    have = gradients(q, k, *grads, exact=False)
+    want = gradients(*(t.cpu().double() for t in (q, k, *grads)), exact=True)
+    for one, other in zip(have, want, strict=True):
+        assert_close("gradient", one, other, relative=2.0**-22, absolute=2.0**-20)

@@ -25,13 +25,13 @@ CPU_TRAINING = [(128, 256)]
 def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Case]]]:
     """Forward over the grid; forward and backward, and a residual, at a few sizes."""
     gpu = device.type == "cuda"
-    for dtype in DTYPES:
-        for rows, cols in GRID if gpu else CPU_GRID:
-            name = f"{rows}x{cols} {str(dtype).removeprefix('torch.')}"
-            yield name, partial(forward, device, rows, cols, dtype)
     for rows, cols in TRAINING if gpu else CPU_TRAINING:
         yield f"{rows}x{cols} residual", partial(residual, device, rows, cols, torch.float16)
         yield f"{rows}x{cols} training", partial(training, device, rows, cols, torch.float16)
+    for rows, cols in GRID if gpu else CPU_GRID:
+        for dtype in DTYPES:
+            name = f"{rows}x{cols} {str(dtype).removeprefix('torch.')}"
+            yield name, partial(forward, device, rows, cols, dtype)
 
 
 def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
