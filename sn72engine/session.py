@@ -18,7 +18,14 @@ import numpy as np
 
 from sn72engine import fingerprint
 from sn72engine.backends import get_backend
-from sn72engine.backends.base import Array, DeviceMemory, OnDevice, Shareable
+from sn72engine.backends.base import (
+    Array,
+    Bindable,
+    Bound,
+    DeviceMemory,
+    OnDevice,
+    Shareable,
+)
 from sn72engine.closing import Closing
 from sn72engine.engine import Engine, Manifest
 from sn72engine.engine_folder import mark_used, open_engine
@@ -203,6 +210,39 @@ class Session(Closing):
             runner = self._open_runner()
             return runner.device_memory() if isinstance(runner, OnDevice) else None
 
+    def bind(self, inputs: Mapping[str, Any]) -> Bound:
+        """Bind the engine to tensors that stay where they are, to capture it in a CUDA graph.
+
+        Every binding has a context of its own; all of one session share scratch memory, so that
+        those that may run at the same time must be of clones. The session must stay open as long
+        as its bindings are used.
+
+        Args:
+            inputs: contiguous PyTorch tensors of the engine's device, by name of the input. Fill
+                them before each launch.
+
+        Returns:
+            A callable that queues the launch on PyTorch's current stream, with the tensors that
+            it writes as ``outputs`` by name. It has been run once when it is returned.
+
+        Raises:
+            InputError: a tensor does not fit, or is not contiguous.
+            SessionError: the engine cannot be captured, or the session is closed.
+        """
+        self._check_names(inputs)
+        with self._lock:
+            runner = self._open_runner()
+            if not isinstance(runner, Bindable):
+                raise SessionError(
+                    f"engines of {self.manifest.backend} cannot be captured in a CUDA graph; build "
+                    "for TensorRT"
+                )
+            tensors = self._check_tensors(runner, inputs)
+            for name, tensor in tensors.items():
+                if not tensor.is_contiguous():
+                    raise InputError(f"input {name!r} is not contiguous, so it cannot be bound")
+            return runner.bind(tensors)
+
     def clone(self) -> Session:
         """Another session of the same engine, to be used at the same time by another thread.
 
@@ -289,22 +329,27 @@ class Session(Closing):
         return outputs
 
     def _run_device(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            runner = self._open_runner()
+            tensors = self._check_tensors(runner, given)
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            outputs: dict[str, Any] = runner.run_device(contiguous)
+            return outputs
+
+    def _check_tensors(self, runner: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensors without gradients, all of the declared shapes and on the runner's device."""
         tensors = {name: tensor.detach() for name, tensor in given.items()}
         self._check_shapes(
             {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()}
         )
-        with self._lock:
-            runner = self._open_runner()
-            for name, tensor in tensors.items():
-                if not isinstance(runner, DeviceRunner) or tensor.device != runner.device:
-                    where = runner.device if isinstance(runner, DeviceRunner) else "the CPU"
-                    raise InputError(
-                        f"input {name!r} is on {tensor.device}, but the engine runs on {where}; "
-                        f"move it there"
-                    )
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            outputs: dict[str, Any] = runner.run_device(contiguous)
-            return outputs
+        for name, tensor in tensors.items():
+            if not isinstance(runner, DeviceRunner) or tensor.device != runner.device:
+                where = runner.device if isinstance(runner, DeviceRunner) else "the CPU"
+                raise InputError(
+                    f"input {name!r} is on {tensor.device}, but the engine runs on {where}; "
+                    f"move it there"
+                )
+        return tensors
 
     def _open_runner(self) -> Any:
         if self._runner is None:

@@ -48,9 +48,10 @@ class Plan:
 class HostDevice:
     """Device of the fake: host memory, and a record of what was asked."""
 
-    def __init__(self, index: int) -> None:
-        self.torch_device = SimpleNamespace(index=index, type="cpu")
+    def __init__(self, index: int | None) -> None:
+        self.torch_device = torch.device("cpu")
         self.stream = id(self)
+        self.callers_stream = 7
         self.waits = 0
 
     @contextmanager
@@ -314,6 +315,7 @@ class IExecutionContext:
         self._allocators: dict[str, Any] = {}
         self._memory = (0, 0)
         self.launches = 0
+        self.streams: list[int] = []
 
     @property
     def active_optimization_profile(self) -> int:
@@ -349,6 +351,10 @@ class IExecutionContext:
             raise RuntimeError("set_device_memory was told to fail")
         self._memory = (memory, size)
 
+    def is_stream_capturable(self, stream: int) -> bool:
+        """Whether the next launch could be recorded."""
+        return "is_stream_capturable" not in self._plan.refuse
+
     def infer_shapes(self) -> list[str]:
         """Names of inputs whose shape is not set."""
         if "infer_shapes" in self._plan.refuse:
@@ -382,6 +388,7 @@ class IExecutionContext:
                 allocator.notify_shape(name, value.shape)
             at(address, value.shape)[...] = value
         self.launches += 1
+        self.streams.append(stream_handle)
         return self._done("execute_async_v3")
 
     def _done(self, method: str) -> bool:

@@ -79,6 +79,29 @@ class OnDevice(Protocol):
         ...
 
 
+class Bound(Protocol):
+    """A launch of an engine on fixed addresses, which may be captured in a CUDA graph."""
+
+    outputs: dict[str, Any]
+
+    def __call__(self) -> None:
+        """Queue it on PyTorch's current stream; the outputs are tensors that are overwritten."""
+        ...
+
+
+@runtime_checkable
+class Bindable(Protocol):
+    """A runner whose launches can be captured."""
+
+    def bind(self, inputs: Mapping[str, Any]) -> Bound:
+        """Bind to checked, contiguous tensors of the device, which the caller fills.
+
+        Raises:
+            SessionError: this engine cannot be captured.
+        """
+        ...
+
+
 class Backend(Protocol):
     """Builds and opens engines of one kind."""
 

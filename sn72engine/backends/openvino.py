@@ -43,7 +43,7 @@ from sn72engine.backends.base import Array, BuiltFiles
 from sn72engine.engine import Engine
 from sn72engine.errors import BuildError, SessionError
 from sn72engine.model import OnnxModel, TensorSpec
-from sn72engine.qdq import lower_for_cpu
+from sn72engine.qdq import emulate_for_cpu, lower_for_cpu
 from sn72engine.spec import BackendName, BuildOptions, RuntimeOptions, ShapeRange
 
 _FILE = "model.onnx"
@@ -128,14 +128,16 @@ class OpenVinoBackend:
         target = folder / _FILE
         notes: tuple[str, ...] = ()
         plan = _Plan()
-        if model.precision == "int8" and _convolutional(model):
+        if "int8" in model.formats and _convolutional(model):
             notes = lower_for_cpu(model.path, target)
+        elif model.quantised and model.precision != "int8":
+            notes = emulate_for_cpu(model.path, target)
         else:
             onnx_file.copy(model, target)
             if model.precision == "int8":
                 plan = _Plan("bf16" if _has_bfloat16(openvino.Core()) else "f32", fix_batch=False)
                 notes = (f"layers that are not quantised compute in {plan.float_layers}",)
-        if model.precision == "int8":
+        if "int8" in model.formats:
             notes += _leave_extremes_in_float(target)
         if plan != _Plan():
             _write_plan(target, plan)
@@ -187,6 +189,16 @@ class OpenVinoRunner:
         except Exception as error:  # its exceptions share no base class
             raise SessionError(f"OpenVINO failed while running: {_explain(error)}") from error
         return {name: results[name] for name in self._names}
+
+    def twin(self) -> OpenVinoRunner:
+        """Another inference request of the same compiled model.
+
+        Raises:
+            SessionError: this one was closed.
+        """
+        if self._compiled is None:
+            raise SessionError("this engine was closed; load it again")
+        return OpenVinoRunner(self._compiled, self.inputs, self.outputs)
 
     def close(self) -> None:
         """Release the model."""

@@ -66,6 +66,12 @@ class Device:
         handle: int = self._stream.cuda_stream
         return handle
 
+    @property
+    def callers_stream(self) -> int:
+        """Handle of PyTorch's current stream of this device."""
+        handle: int = self._torch.cuda.current_stream(self.torch_device).cuda_stream
+        return handle
+
     @contextmanager
     def current(self) -> Iterator[None]:
         """Make this device current, as TensorRT expects for every one of its calls."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sn72engine.backends.base import Array, DeviceMemory
+from sn72engine.backends.tensorrt_bound import BoundRun
 from sn72engine.backends.tensorrt_device import Device
 from sn72engine.backends.tensorrt_engine import LoadedEngine, nearest
 from sn72engine.engine import Engine
@@ -62,6 +63,7 @@ class TensorRTRunner:
         self._contexts: dict[int, Any] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._scratch: torch.Tensor | None = None
+        self._bound_scratch: torch.Tensor | None = None
         with device.current():
             # The first is made now, so that an engine that cannot run fails when it is opened.
             self._context(loaded, 0)
@@ -116,12 +118,33 @@ class TensorRTRunner:
         self._device.used_by_caller(results.values())
         return results
 
+    def bind(self, inputs: Mapping[str, torch.Tensor]) -> BoundRun:
+        """A launch on contiguous tensors of this device that stay where they are, for a graph.
+
+        All bindings of one runner share scratch memory: those that run at the same time must be of
+        twins.
+
+        Raises:
+            SessionError: TensorRT refuses, or the engine cannot be captured.
+        """
+        loaded = self._open()
+        with self._device.queued():
+            try:
+                if self._bound_scratch is None:
+                    size = max(1, loaded.largest_scratch_bytes)
+                    self._bound_scratch = self._device.empty((size,), "uint8")
+                return BoundRun(loaded, self._device, inputs, self._bound_scratch)
+            except RuntimeError as error:
+                raise _failed(error, loaded) from error
+
     def device_memory(self) -> DeviceMemory:
         """Device memory that is held now, and the most that scratch can come to."""
         loaded = self._open()
         return DeviceMemory(
             engine=loaded.plan_bytes,
-            scratch=0 if self._scratch is None else self._scratch.numel(),
+            scratch=sum(
+                held.numel() for held in (self._scratch, self._bound_scratch) if held is not None
+            ),
             scratch_limit=loaded.largest_scratch_bytes,
             buffers=sum(b.numel() * b.element_size() for b in self._buffers.values()),
         )
@@ -136,7 +159,7 @@ class TensorRTRunner:
         # Before the engine: a context must not outlive it.
         self._contexts.clear()
         self._buffers.clear()
-        self._scratch = None
+        self._scratch = self._bound_scratch = None  # bindings hold on to theirs
 
     def _enqueue(
         self,

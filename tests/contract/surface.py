@@ -28,6 +28,7 @@ _BUILDING = {
 #: Module -> name of a variable or attribute -> class of the library that it holds.
 OWNERS: dict[str, dict[str, str]] = {
     "backends/tensorrt.py": _BUILDING,
+    "backends/tensorrt_bound.py": {"context": "IExecutionContext", "_context": "IExecutionContext"},
     "backends/tensorrt_build.py": {**_BUILDING, "ours": "ITimingCache"},
     "backends/tensorrt_config.py": {**_BUILDING, "profile": "IOptimizationProfile"},
     "backends/tensorrt_engine.py": {
@@ -57,6 +58,7 @@ ONE_LIBRARY = {
     "DynamicShapesKernelSpecializationStrategy": "tensorrt_rtx",
     "IBuilderConfig.num_compute_capabilities": "tensorrt_rtx",
     "IBuilderConfig.set_compute_capability": "tensorrt_rtx",
+    "IExecutionContext.is_stream_capturable": "tensorrt_rtx",
     "IRuntimeCache": "tensorrt_rtx",
     "IRuntimeConfig.create_runtime_cache": "tensorrt_rtx",
     "IRuntimeConfig.cuda_graph_strategy": "tensorrt_rtx",

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sn72engine.backends.base import OnDevice, Shareable
+from sn72engine.backends.base import Bindable, OnDevice, Shareable
 from sn72engine.builder import build
 from sn72engine.engine import Engine
 from sn72engine.errors import EngineCorruptError, EngineMismatchError, InputError, SessionError
@@ -496,5 +496,8 @@ def test_the_runners_are_what_they_claim(session: Session) -> None:
     assert isinstance(made, DeviceRunner)
     assert isinstance(made, Shareable)
     assert isinstance(made, OnDevice)
+    assert isinstance(made, Bindable)
     assert isinstance(session._runner, Shareable)
     assert session.device_memory is None
+    with pytest.raises(SessionError, match=r"engines of onnxruntime cannot be captured"):
+        session.bind({"x": torch.zeros(2, 4)})

@@ -25,7 +25,7 @@ from sn72engine.backends.base import DeviceMemory
 from sn72engine.backends.tensorrt import TensorRTBackend
 from sn72engine.backends.tensorrt_engine import Profile, nearest
 from sn72engine.engine import Engine, EngineFile, Manifest
-from sn72engine.errors import SessionError
+from sn72engine.errors import InputError, SessionError
 from sn72engine.model import TensorSpec
 from sn72engine.pool import SessionPool
 from sn72engine.session import Session
@@ -168,7 +168,9 @@ def test_the_fake_device_has_what_the_real_one_has() -> None:
     def public(kind: type) -> set[str]:
         return {name for name in vars(kind) if not name.startswith("_")}
 
-    assert public(HostDevice) == public(Device) - {"stream"}
+    made = HostDevice(0)
+    assert public(HostDevice) == public(Device) - {"stream", "callers_stream"}
+    assert made.stream != made.callers_stream
 
 
 # Running
@@ -428,6 +430,96 @@ def test_a_pool_of_them(opened: Opened) -> None:
         for seed in range(2):
             np.testing.assert_array_equal(results[seed], 2 * some(2, seed))
     first.close()
+
+
+# Bindings, which a CUDA graph captures
+
+
+def on_device(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(some(rows, seed))
+
+
+def test_a_binding_launches_on_the_same_addresses(opened: Opened) -> None:
+    held = plan(profiles=[profile(1, 1, 1), profile(1, 8, 16)], scratch=[64, 512])
+    with opened(held) as session:
+        x = on_device(6)
+        launch = session.bind({"x": x})
+        out = launch.outputs["doubled"]
+        torch.testing.assert_close(out, 2 * x)  # it has been run once
+        contexts = library_of(session).contexts
+        bound = contexts[-1]
+        assert bound.active_optimization_profile == 1
+        assert bound.launches == 1
+        before = dict(bound._addresses)
+        x.fill_(3.0)
+        launch()
+        torch.testing.assert_close(out, torch.full((6, 3), 6.0))
+        assert bound._addresses == before == {"x": x.data_ptr(), "doubled": out.data_ptr()}
+        assert bound.streams[1:] == [session._runner._device.callers_stream]
+        # Neither another binding nor a call of the session touches it.
+        other = session.bind({"x": on_device(1, 1)})
+        np.testing.assert_array_equal(session(some(4)), 2 * some(4))
+        torch.testing.assert_close(out, torch.full((6, 3), 6.0))
+        assert bound._addresses == before
+        assert bound._memory[1] == 512  # what the most demanding profile needs
+        assert other.outputs["doubled"].data_ptr() != out.data_ptr()
+
+
+def test_bindings_of_a_session_share_scratch_and_clones_do_not(opened: Opened) -> None:
+    with opened(plan()) as session, session.clone() as twin:
+        contexts = library_of(session).contexts
+        found = []
+        for owner in (session, session, twin):
+            owner.bind({"x": on_device(2)})
+            found.append(contexts[-1]._memory[0])
+        assert found[0] == found[1] != found[2]
+        memory = session.device_memory
+        assert memory is not None
+        assert memory.scratch == 64
+
+
+@pytest.mark.parametrize(
+    ("held", "options"),
+    [
+        (plan(refuse=["is_stream_capturable"]), RuntimeOptions()),
+        (plan(), RuntimeOptions(cuda_graph=True)),
+    ],
+)
+def test_rtx_engines_that_cannot_be_captured_say_how(
+    opened: Opened, held: Plan, options: RuntimeOptions
+) -> None:
+    with opened(held, options=options) as session:
+        with pytest.raises(SessionError, match=r"cannot be captured .*user_allocation=True"):
+            session.bind({"x": on_device(2)})
+
+
+def test_tensorrt_engines_are_not_asked_what_only_rtx_knows(opened: Opened) -> None:
+    with opened(plan(refuse=["is_stream_capturable"]), backend="tensorrt") as session:
+        session.bind({"x": on_device(2)})()
+
+
+def test_outputs_of_unknown_size_cannot_be_bound(opened: Opened) -> None:
+    held = plan(outputs={"positive": [-1]})
+    with opened(held, outputs=(POSITIVE,)) as session:
+        with pytest.raises(SessionError, match="depends on values"):
+            session.bind({"x": on_device(2)})
+
+
+def test_what_is_bound_is_checked(opened: Opened) -> None:
+    with opened(plan()) as session:
+        for given, message in (
+            ({"x": on_device(2).double()}, "has dtype float64"),
+            ({"x": on_device(9)}, "has batch 9"),
+            ({"x": on_device(6)[::2]}, "not contiguous"),
+            ({"x": torch.zeros(2, 3, device="meta")}, "is on meta"),
+            ({}, "'x' is missing"),
+        ):
+            with pytest.raises(InputError, match=message):
+                session.bind(given)
+        launch = session.bind({"x": on_device(2)})
+        library_of(session).contexts[-1]._plan.refuse.append("execute_async_v3")
+        with pytest.raises(SessionError, match="refused the launch"):
+            launch()
 
 
 # Runtime options

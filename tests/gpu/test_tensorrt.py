@@ -133,6 +133,25 @@ def test_threads_of_a_pool(library: Any, store: Store, tmp_path: Path) -> None:
     assert wrong == []
 
 
+def test_a_launch_in_a_graph(library: Any, store: Store, tmp_path: Path) -> None:
+    model = tiny_models.transformer(tmp_path / "m.onnx")
+    asked = TensorRTOptions(user_allocation=library == "tensorrt_rtx")
+    options = BuildOptions(backend=library, batch=BATCH, precision="fp16", tensorrt=asked)
+    with Session(
+        build(model, options, store=store), RuntimeOptions(shape_kernels="none")
+    ) as session:
+        x = torch.from_numpy(images(4)).cuda()
+        launch = session.bind({"pixel_values": x})
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launch()
+        for seed in range(3):
+            x.copy_(torch.from_numpy(images(4, seed)))
+            graph.replay()
+            got = launch.outputs["logits"].cpu().numpy()
+            close(got, expected(model, store, images(4, seed)))
+
+
 @pytest.mark.parametrize("budget", [None, 0])
 def test_streamed_weights(library: Any, store: Store, tmp_path: Path, budget: int | None) -> None:
     model = tiny_models.transformer(tmp_path / "m.onnx")
