@@ -167,10 +167,10 @@ def _configurations(context: Context) -> dict[str, Any]:
 
 
 STEPS: dict[str, Step] = {
-    "tests": Step(7.0, _tests, _outcomes),
-    "sanitize": Step(5.0, _sanitize, _reports),
-    "kernels": Step(10.0, _kernels, _races),
-    "cascade": Step(3.0, _cascade, _benchmarks),
+    "tests": Step(9.0, _tests, _outcomes),
+    "sanitize": Step(6.0, _sanitize, _reports),
+    "kernels": Step(8.0, _kernels, _races),
+    "cascade": Step(2.0, _cascade, _benchmarks),
     "tune": Step(10.0, _tune, _configurations),
 }
 DEFAULT = ("tests", "sanitize", "kernels", "cascade")

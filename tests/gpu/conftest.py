@@ -40,6 +40,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.filterwarnings("ignore:.*determinis:UserWarning"))
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+    # The longest at the end, so that a run that is cut off has all the others.
+    items.sort(key=lambda item: "test_100000_random_batches" in item.name)
     if support.INTERPRETED and not reason:
         _thin_out(config, items, mine)
 

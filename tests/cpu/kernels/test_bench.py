@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sn72kernels import bench
+from sn72kernels import device as devices
 from sn72kernels.errors import ArgumentError, NoGpuError
 
 PEAKS = bench.Peaks("example", copy_gb_s=1000.0, tflop_s={"bfloat16": 10.0})
@@ -148,3 +152,104 @@ def test_peaks_of_the_cpu_are_measured() -> None:
 def test_no_gpu_is_said_so() -> None:
     with pytest.raises(NoGpuError, match="a CUDA device is needed to time kernels"):
         bench.cold_ms(torch.relu, torch.zeros(3))
+
+
+# --- graphs, with a stand-in for the device ------------------------------------------------
+
+
+class Device:
+    """Stands in for CUDA: a graph remembers its calls, an event the time that they would take."""
+
+    CALL_MS = 0.25
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.recording: list[object] | None = None
+        outer = self
+
+        class Graph:
+            def __init__(self) -> None:
+                self.calls: list[object] = []
+                self.replays = 0
+
+            def replay(self) -> None:
+                self.replays += 1
+                slower = 3.0 if self.replays == 1 else 1.0  # clocks have to come up first
+                outer.now += slower * outer.CALL_MS * len(self.calls)
+
+        class Event:
+            def record(self) -> None:
+                self.at = outer.now
+
+            def elapsed_time(self, other: Event) -> float:
+                return other.at - self.at
+
+        @contextmanager
+        def capture(graph: Graph, stream: object) -> Iterator[None]:
+            self.recording = graph.calls
+            try:
+                yield
+            finally:
+                self.recording = None
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, value in {
+            "CUDAGraph": Graph,
+            "graph": capture,
+            "Stream": lambda: stream,
+            "stream": lambda stream: nullcontext(),
+            "current_stream": lambda: stream,
+            "synchronize": lambda: None,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(devices, "event", Event)
+        monkeypatch.setattr(devices, "require_cuda", lambda purpose: torch.device("cpu"))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(devices, "facts", lambda device: FACTS)
+
+    def call(self, x: torch.Tensor) -> torch.Tensor:
+        """What a kernel's launch is to a capture."""
+        if self.recording is not None:
+            self.recording.append(x.data_ptr())
+        return x
+
+
+FACTS = devices.DeviceFacts("stand-in", 90, 132, 50 << 20, 227 << 10, 80 << 30, None)
+
+
+def test_calls_of_a_graph_go_round_over_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    x = torch.zeros(1 << 20, dtype=torch.uint8)
+    seen: list[int] = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        if device.recording is not None:
+            seen.append(x.data_ptr())
+        return device.call(x)
+
+    samples = bench.interleaved({"a": call, "b": device.call}, x, calls=200, replays=5)
+    # 150 copies of 1 MB turn a cache of 50 MB over three times; two rounds are 200 calls and more.
+    assert len(seen) == 300
+    assert len(set(seen)) == 150
+    assert seen[:150] == seen[150:]
+    assert x.data_ptr() not in seen
+    # The first replay, with slow clocks, does not count.
+    assert samples == {"a": [device.CALL_MS] * 5, "b": [device.CALL_MS] * 5}
+    assert bench.cold_ms(device.call, x) == device.CALL_MS
+
+
+def test_what_cannot_be_captured_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+
+    def waits(x: torch.Tensor) -> torch.Tensor:
+        if device.recording is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return x
+
+    x = torch.zeros(1 << 20)
+    failures: dict[str, str] = {}
+    samples = bench.interleaved({"ours": device.call, "waits": waits}, x, failures=failures)
+    assert list(samples) == ["ours"]
+    assert failures["waits"].startswith("cannot be captured in a graph: RuntimeError: operation")
+    with pytest.raises(RuntimeError, match="not permitted"):
+        bench.interleaved({"waits": waits}, x)
