@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +14,10 @@ from sn72engine.quiet import quiet
 #: A folded tensor larger than this stays computed: an Expand of a constant could otherwise
 #: turn a few bytes into gigabytes.
 FOLD_LIMIT_BYTES = 64 << 20
+
+#: Metadata of a node that survives: the path of the module that made it, to which ranges
+#: collected in PyTorch are given. Stack traces, which hold paths of this machine, do not.
+KEPT_METADATA = ("pkg.torch.onnx.name_scopes",)
 
 #: Operators that give another answer on each run: two of them are never the same value.
 _RANDOM = frozenset(
@@ -50,8 +54,8 @@ def clean(proto: Any) -> tuple[Any, CleanupReport]:
 
     Identical nodes are merged when operator, attributes and inputs agree (common
     subexpression elimination); random operators and nodes with subgraphs are left alone. Names
-    and shapes of inputs and outputs, opsets, IR version and the model's metadata are kept; the
-    metadata of single nodes is not.
+    and shapes of inputs and outputs, opsets, IR version and the model's metadata are kept. Of the
+    metadata of single nodes :data:`KEPT_METADATA` is.
 
     Args:
         proto: a ModelProto with every weight in memory.
@@ -60,6 +64,7 @@ def clean(proto: Any) -> tuple[Any, CleanupReport]:
         The cleaned ModelProto, and the counts.
     """
     gs = _deps.require("onnx_graphsurgeon", purpose="clean up an exported graph")
+    metadata = _node_metadata(proto)
     graph = gs.import_onnx(proto)
     before = len(graph.nodes)
     with quiet():
@@ -71,6 +76,9 @@ def clean(proto: Any) -> tuple[Any, CleanupReport]:
         merged_nodes = _merge_nodes(gs, graph)
         graph.cleanup().toposort()
         cleaned = gs.export_onnx(graph)
+    for node in cleaned.graph.node:
+        for key, value in metadata.get(node.name, ()):
+            node.metadata_props.add(key=key, value=value)
     cleaned.metadata_props.extend(proto.metadata_props)
     cleaned.doc_string = proto.doc_string
     return cleaned, CleanupReport(
@@ -81,6 +89,16 @@ def clean(proto: Any) -> tuple[Any, CleanupReport]:
         merged_nodes=merged_nodes,
         merged_initializers=merged_initializers,
     )
+
+
+def _node_metadata(proto: Any) -> dict[str, list[tuple[str, str]]]:
+    """Node name to what is kept of its metadata; names that two nodes share are left out."""
+    counts = Counter(node.name for node in proto.graph.node)
+    return {
+        node.name: [(e.key, e.value) for e in node.metadata_props if e.key in KEPT_METADATA]
+        for node in proto.graph.node
+        if node.name and counts[node.name] == 1
+    }
 
 
 def _merge_constants(gs: Any, graph: Any) -> int:

@@ -63,6 +63,7 @@ def to_half(source: Path, target: Path) -> tuple[str, ...]:
                 min_positive_val=_SMALLEST,
                 max_finite_val=_LARGEST,
             )
+            _dequantise_to_half(onnx, proto)
             # Shapes recorded for float32 tensors are stale now; readers infer them again.
             del proto.graph.value_info[:]
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -88,6 +89,15 @@ def to_half(source: Path, target: Path) -> tuple[str, ...]:
             f"{', '.join(beyond[:3])}"
         )
     return tuple(notes)
+
+
+def _dequantise_to_half(onnx: Any, proto: Any) -> None:
+    """Let TensorRT's own operators that name the type of their result name float16."""
+    for node in proto.graph.node:
+        if node.op_type == "TRT_MXFP8DequantizeLinear":
+            for attribute in node.attribute:
+                if attribute.name == "output_dtype":
+                    attribute.i = onnx.TensorProto.FLOAT16
 
 
 def _beyond_range(onnx: Any, proto: Any) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,22 @@ from typing import Any
 
 from sn72engine import _deps
 from sn72engine.errors import InputError
-from sn72engine.spec import Precision, Preprocess
+from sn72engine.spec import Precision, Preprocess, QuantizedPrecision, WeightType
 
 #: Key under which the record is kept in the ONNX file's own metadata, so it travels with it.
 RECORD_KEY = "sn72engine"
+
+#: TensorRT's operators that quantise activations by block.
+_BLOCK_QUANTIZERS: Mapping[str, QuantizedPrecision] = {
+    "TRT_FP4DynamicQuantize": "nvfp4",
+    "TRT_MXFP8DynamicQuantize": "mxfp8",
+}
+
+_PRECISIONS: Mapping[WeightType, Precision] = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+}
 
 _CHUNK = 1 << 22
 
@@ -46,8 +59,9 @@ class OnnxModel:
 
     ``record`` holds ``export`` (options, parity errors) and, once quantised, ``quantization``
     (method, sample count, batch size, data hash, layers). ``preprocess`` is how images become
-    its input; None when the model does not take images. ``qdq`` says that activations are
-    quantised to 8-bit integers in the graph, whichever tool did that.
+    its input; None when the model does not take images. ``formats`` are those that the graph
+    quantises activations to, sorted, whichever tool did that. ``weights`` is the float type of most
+    of its weights, in which it computes; inputs and outputs may be of another.
     """
 
     path: Path
@@ -55,7 +69,8 @@ class OnnxModel:
     outputs: tuple[TensorSpec, ...]
     preprocess: Preprocess | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
-    qdq: bool = False
+    formats: tuple[QuantizedPrecision, ...] = ()
+    weights: WeightType = "float32"
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -63,11 +78,16 @@ class OnnxModel:
         return self.record.get("quantization")
 
     @property
+    def quantised(self) -> bool:
+        """Whether activations are quantised in the graph."""
+        return bool(self.formats)
+
+    @property
     def precision(self) -> Precision:
-        """``int8`` for a Q/DQ model, else the type of its first input."""
-        if self.qdq or self.quantization is not None:
-            return "int8"
-        return "fp16" if self.inputs[0].dtype == "float16" else "fp32"
+        """The format of a Q/DQ model, ``mixed`` for several; else that of its weights."""
+        if self.quantised:
+            return self.formats[0] if len(self.formats) == 1 else "mixed"
+        return _PRECISIONS[self.weights]
 
     def external_files(self) -> tuple[Path, ...]:
         """Weight files beside the ONNX file, sorted by name."""
@@ -116,7 +136,8 @@ class OnnxModel:
             outputs=tuple(_spec(onnx, v) for v in proto.graph.output),
             preprocess=Preprocess.from_dict(preprocess) if preprocess else None,
             record=record,
-            qdq=_quantises_to_int8(onnx, proto),
+            formats=_formats(onnx, proto),
+            weights=_weight_type(onnx, proto),
         )
 
 
@@ -165,24 +186,52 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _quantises_to_int8(onnx: Any, proto: Any) -> bool:
-    """Whether a QuantizeLinear turns activations into int8 or uint8."""
+def _formats(onnx: Any, proto: Any) -> tuple[QuantizedPrecision, ...]:
+    """Formats that activations are turned into, sorted."""
     stored = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
     for node in proto.graph.node:
         if node.op_type == "Constant":
             stored.update(
                 (node.output[0], a.t.data_type) for a in node.attribute if a.HasField("t")
             )
-    eight_bits = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    types = onnx.TensorProto
+    names: dict[int, QuantizedPrecision] = {
+        types.INT8: "int8",
+        types.UINT8: "int8",
+        types.FLOAT8E4M3FN: "fp8",
+    }
+    found: set[QuantizedPrecision] = set()
     for node in proto.graph.node:
+        if node.op_type in _BLOCK_QUANTIZERS:
+            found.add(_BLOCK_QUANTIZERS[node.op_type])
         if node.op_type != "QuantizeLinear" or node.input[0] in stored:
             continue  # a weight that is quantised where it is read says nothing of activations
         told = next((a.i for a in node.attribute if a.name == "output_dtype"), 0)
         zero_point = node.input[2] if len(node.input) > 2 else ""
         # Without either, the operator gives uint8.
-        if (told or stored.get(zero_point, onnx.TensorProto.UINT8)) in eight_bits:
-            return True
-    return False
+        kind = told or stored.get(zero_point, types.UINT8)
+        if kind in names:
+            found.add(names[kind])
+    return tuple(sorted(found))
+
+
+def _weight_type(onnx: Any, proto: Any) -> WeightType:
+    """Float type of the most numbers that are stored; that of the first input where none are."""
+    names: dict[int, WeightType] = {
+        onnx.TensorProto.FLOAT: "float32",
+        onnx.TensorProto.FLOAT16: "float16",
+        onnx.TensorProto.BFLOAT16: "bfloat16",
+    }
+    counts: dict[WeightType, int] = {}
+    for tensor in tensors(proto):
+        if tensor.data_type in names:
+            kind = names[tensor.data_type]
+            counts[kind] = counts.get(kind, 0) + math.prod(tensor.dims)
+    if counts:
+        return max(counts, key=lambda kind: counts[kind])
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    kinds = [v.type.tensor_type.elem_type for v in proto.graph.input if v.name not in stored]
+    return names.get(kinds[0], "float32") if kinds else "float32"
 
 
 def _spec(onnx: Any, value: Any) -> TensorSpec:

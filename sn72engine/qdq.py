@@ -25,14 +25,18 @@ from typing import Any
 
 import numpy as np
 
-from sn72engine import _deps, affine, cpu_plan, onnx_file
+from sn72engine import _deps, affine, cpu_plan, emulation, onnx_file
 from sn72engine.cpu_plan import Plan, Range
 from sn72engine.errors import QuantizationError
 from sn72engine.model import read_record
+from sn72engine.quiet import quiet
 
 
 def lower_for_cpu(source: Path, target: Path) -> tuple[str, ...]:
     """Write the CPU form of the Q/DQ model at ``source`` to ``target``.
+
+    FP8, NVFP4 and MXFP8 layers are emulated (see :mod:`sn72engine.emulation`), INT8 layers run on
+    integers.
 
     A file that this package did not quantise has no tensor ranges in its record. What its own
     scales tell is used then (signed activations become uint8 with zero point 128, the same
@@ -47,14 +51,19 @@ def lower_for_cpu(source: Path, target: Path) -> tuple[str, ...]:
     """
     gs = _deps.require("onnx_graphsurgeon", purpose="prepare a quantised model for a CPU")
     proto = onnx_file.load(source)
+    emulated = _emulation_notes(emulation.emulate(proto))
+    if not any(node.op_type == "QuantizeLinear" for node in proto.graph.node):
+        if not emulated:
+            raise QuantizationError(f"{source} holds no QuantizeLinear node; quantise it first")
+        onnx_file.save(proto, target)
+        return emulated
     store_int8_weights(proto)
     ranges = (read_record(proto).get("quantization") or {}).get("ranges", {})
-    graph = gs.import_onnx(proto).toposort()
-    if not any(node.op == "QuantizeLinear" for node in graph.nodes):
-        raise QuantizationError(f"{source} holds no QuantizeLinear node; quantise it first")
+    with quiet():  # it tells of each type that NumPy lacks
+        graph = gs.import_onnx(proto).toposort()
     if reason := _reason_to_keep(graph):
         onnx_file.save(proto, target)
-        return (f"the model has {reason}; it is used as it is",)
+        return (*emulated, f"the model has {reason}; it is used as it is")
     scales = _strip(gs, graph)
     products = {id(node) for node in graph.nodes if _is_product(gs, node, scales)}
     _means_to_pools(gs, graph)
@@ -65,7 +74,28 @@ def lower_for_cpu(source: Path, target: Path) -> tuple[str, ...]:
     lowered = gs.export_onnx(graph)
     lowered.metadata_props.extend(proto.metadata_props)
     onnx_file.save(lowered, target)
-    return _notes(plan, len(products), bool(ranges))
+    return emulated + _notes(plan, len(products), bool(ranges))
+
+
+def emulate_for_cpu(source: Path, target: Path) -> tuple[str, ...]:
+    """As :func:`lower_for_cpu`, but INT8 layers stay as they are.
+
+    Raises:
+        QuantizationError: see :func:`sn72engine.emulation.emulate`.
+    """
+    proto = onnx_file.load(source)
+    notes = _emulation_notes(emulation.emulate(proto))
+    onnx_file.save(proto, target)
+    return notes
+
+
+def _emulation_notes(count: int) -> tuple[str, ...]:
+    if not count:
+        return ()
+    return (
+        f"{count} quantised tensors of FP8, NVFP4 or MXFP8 are emulated: the numbers are those of "
+        "a card, the speed and size are not",
+    )
 
 
 def store_int8_weights(proto: Any) -> None:

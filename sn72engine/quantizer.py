@@ -1,33 +1,43 @@
-"""Float ONNX file -> Q/DQ ONNX file, calibrated by NVIDIA ModelOpt on real data.
+"""Float ONNX file -> Q/DQ ONNX file, calibrated on real data.
 
-The result is the form that TensorRT takes: symmetric int8, weights per output channel and stored
-as int8, one quantised input per product. A CPU wants another form of the same network:
-:func:`sn72engine.qdq.lower_for_cpu` makes it from this file, with the tensor ranges that are
-collected here and kept in the record.
+Three steps: decide which nodes are quantised (:mod:`sn72engine.layers`), collect the range of
+what they read, write the result (:mod:`sn72engine.inserter`). Ranges come from one of two places,
+and the same inserter writes both:
+
+- with the PyTorch module that was exported, from ModelOpt's PyTorch quantisation
+  (:mod:`sn72engine.torch_ranges`), by every method;
+- without it, from the ONNX file: largest magnitudes as ONNX Runtime computes them
+  (:mod:`sn72engine.ranges`), and for INT8 from ModelOpt's ONNX quantisation, restricted to the
+  chosen nodes, of which only the scales are kept.
+
+The result is the form that TensorRT takes. A CPU wants another form of the same network:
+:func:`sn72engine.qdq.lower_for_cpu` makes it from this file, with the tensor ranges kept in the
+record.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from sn72engine import _deps, graph_cleanup, onnx_file, ranges
+from sn72engine import _deps, layers, onnx_file, ranges, torch_ranges
 from sn72engine.errors import CalibrationError, QuantizationError
+from sn72engine.inserter import Layer, insert
+from sn72engine.layers import NARROW, Choice
 from sn72engine.model import OnnxModel, read_record, write_record
 from sn72engine.progress import Progress
-from sn72engine.qdq import store_int8_weights
 from sn72engine.quiet import quiet
-from sn72engine.spec import QuantizeOptions
+from sn72engine.spec import QuantizedPrecision, QuantizeOptions
 
-#: Integer matrix kernels work in tiles of this width: a narrower product gains nothing, and it
-#: is mostly the last layer, where an error costs most.
-NARROW = 16
+if TYPE_CHECKING:
+    import torch
 
 Feed = dict[str, np.ndarray]
 
@@ -54,86 +64,184 @@ class Batches(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What the data told of the nodes to quantise.
+
+    Attributes:
+        amax: node name to the largest magnitude of its input that is to be held.
+        smooth: node name to the factors of its input channels, for SmoothQuant.
+        ranges: tensor name to (smallest, largest) value, for the CPU form of INT8 layers.
+        record: method, source, samples and hash, for the file's record.
+    """
+
+    amax: Mapping[str, float]
+    smooth: Mapping[str, np.ndarray] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    def layer(self, name: str, precision: str) -> Layer:
+        """How a node is quantised to a format."""
+        smooth = self.smooth.get(name) if precision == "int8" else None
+        return Layer(cast(QuantizedPrecision, precision), self.amax[name], smooth)
+
+
 def quantize(
     model: OnnxModel,
     data: Batches,
     options: QuantizeOptions,
     path: str | Path,
     *,
+    module: torch.nn.Module | None = None,
     progress: bool | None = None,
 ) -> OnnxModel:
-    """Write the INT8 Q/DQ form of ``model``.
+    """Write the Q/DQ form of ``model``.
 
-    Reads the data twice (ranges for the CPU form, then ModelOpt), one batch at a time: memory
-    does not grow with the number of samples. The record lists every quantised node and, for
-    each other node that was asked for, why it was left.
+    Reads the data once or twice, one batch at a time: memory does not grow with the number of
+    samples. The record lists every quantised node with its format and, for each other product,
+    why it was left.
 
     Args:
         model: a float32 ONNX model with one input.
         data: what calibrates it.
-        options: method, operator types, excluded nodes.
+        options: formats, method, which nodes.
         path: of the Q/DQ file; written whole or not at all.
+        module: what ``model`` was exported from; it is run and is the same afterwards. Without
+            it ranges come from the file, by any method but ``smoothquant``.
         progress: show a bar; None shows it on a terminal only.
 
     Raises:
         QuantizationError: the model is already quantised, is float16, has several inputs,
-            nothing in it can be quantised, an excluded name does not exist, or ModelOpt failed.
+            nothing in it can be quantised, a name or pattern fits no node, ``module`` is not what
+            was exported, or ModelOpt failed.
         CalibrationError: no data, or data that does not fit the input or holds NaN.
         MissingDependencyError: nvidia-modelopt or onnx is absent.
     """
-    _refuse_unfit(model)
-    with quiet():
-        tool = _deps.require(
-            "modelopt", purpose="quantise a model", submodule="onnx.quantization.quantize"
-        )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    proto = onnx_file.load(model.path)
-    record = read_record(proto)
-    chosen, skipped = _select(proto, options)
-    steps = 2 * -(-data.samples // data.batch_size)
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
-        Progress(f"quantize {path.name}", steps, unit="batch", shown=progress) as bar,
-    ):
-        source, result = Path(folder) / "source.onnx", Path(folder) / "result.onnx"
-        external = onnx_file.weight_bytes(proto) > onnx_file.EXTERNAL_DATA_BYTES
-        onnx_file.write(proto, source)
-        del proto  # ModelOpt loads its own copy
-        bar.note("ranges")
-        with quiet():  # the data has a bar of its own
-            found = ranges.collect(_linked_copy(source), _feeds(model, data, bar))
-            digest = data.data_sha256()
-        bar.note(options.method)
-        _run_modelopt(tool, source, result, _Reader(model, data, bar), chosen, options, external)
-        quantised = onnx_file.load(result)
-    store_int8_weights(quantised)
-    done = set(_quantised_nodes(quantised))
-    kept = [name for name in chosen if name in done]
-    if not kept:
+    choice = choose(model, options)
+    found = calibrate(
+        model, data, options, choice, module=module, folder=path.parent, progress=progress
+    )
+    return write(model, options, choice, found, path)
+
+
+def choose(model: OnnxModel, options: QuantizeOptions) -> Choice:
+    """Decide which nodes of a file get which format; see :func:`sn72engine.layers.choose`.
+
+    Raises:
+        QuantizationError: the model does not qualify, or nothing in it does.
+    """
+    _refuse_unfit(model)
+    return layers.choose(_skeleton(model.path), options)
+
+
+def calibrate(
+    model: OnnxModel,
+    data: Batches,
+    options: QuantizeOptions,
+    choice: Choice,
+    *,
+    module: torch.nn.Module | None = None,
+    folder: Path | None = None,
+    progress: bool | None = None,
+) -> Calibration:
+    """Collect the range of every input that ``choice`` quantises.
+
+    Nodes that turn out to have none are moved to ``choice.skipped``. By the method ``max`` the
+    ranges hold for any format, so that one calibration serves many assignments of formats.
+
+    Args:
+        model, data, options, module, progress: as for :func:`quantize`.
+        choice: by :func:`choose`.
+        folder: for scratch files of the model's size; None for the system's own.
+
+    Raises:
+        QuantizationError, CalibrationError, MissingDependencyError: as for :func:`quantize`.
+    """
+    method = options.resolved_method
+    from_file = module is None and "int8" in choice.precisions.values()
+    if module is None and method == "smoothquant":
         raise QuantizationError(
-            f"0 of {len(chosen)} nodes were quantised: ModelOpt took none of "
-            f"{', '.join(chosen[:5])}; its integer kernels want at least {NARROW} channels"
+            "method='smoothquant' needs the module that was exported; give module=, or use "
+            "method='entropy'"
         )
-    asked = len(chosen) + sum(name not in options.exclude for name in skipped)
-    skipped.update({n: "left in float by ModelOpt" for n in chosen if n not in done})
-    quantised, _ = graph_cleanup.clean(quantised)
+    watched = _tensors_to_watch(choice, everything=module is None)
+    passes = (watched != set()) + (from_file or module is not None)
+    steps = passes * -(-data.samples // data.batch_size)
+    with ExitStack() as stack:
+        scratch = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix=".sn72.", dir=folder))
+        )
+        bar = stack.enter_context(
+            Progress(f"calibrate {model.path.name}", steps, unit="batch", shown=progress)
+        )
+        seen: dict[str, tuple[float, float]] = {}
+        if watched != set():
+            bar.note("ranges")
+            seen = ranges.collect(model.path, _feeds(model, data, bar), watched, scratch)
+        bar.note(method)
+        smooth: dict[str, np.ndarray] = {}
+        if module is not None:
+            source = "modelopt.torch"
+            amax, smooth = _ranges_by_module(model, module, data, options, choice, bar)
+        else:
+            source = "onnxruntime"
+            amax = {name: max(map(abs, seen[choice.inputs[name]])) for name in choice.precisions}
+            if from_file:
+                source = "modelopt.onnx"
+                amax.update(_ranges_by_modelopt(model, data, options, choice, scratch, bar))
+        digest = data.data_sha256()
+    return Calibration(
+        amax,
+        smooth,
+        seen if "int8" in choice.precisions.values() else {},
+        {
+            "method": method,
+            "source": source,
+            "samples": data.samples,
+            "batch_size": data.batch_size,
+            "data_sha256": digest,
+            "modelopt": None if source == "onnxruntime" else _deps.version("modelopt"),
+        },
+    )
+
+
+def write(
+    model: OnnxModel,
+    options: QuantizeOptions,
+    choice: Choice,
+    calibration: Calibration,
+    path: str | Path,
+) -> OnnxModel:
+    """Write the file that ``choice`` and ``calibration`` describe.
+
+    Raises:
+        QuantizationError: the result has another signature than ``model``.
+    """
+    path = Path(path)
+    proto = onnx_file.load(model.path)
+    layers.name_nodes(proto)
+    record = read_record(proto)
+    insert(proto, {n: calibration.layer(n, p) for n, p in choice.precisions.items()})
+    used = set(choice.precisions.values())
+    hard = [name for name in choice.skipped if name not in choice.unasked]
     record["quantization"] = {
-        "precision": options.precision,
-        "method": options.method,
-        "op_types": list(options.op_types),
-        "samples": data.samples,
-        "batch_size": data.batch_size,
-        "data_sha256": digest,
-        "modelopt": _deps.version("modelopt"),
-        "asked": asked,
-        "quantised": len(kept),
-        "nodes": kept,
-        "skipped": skipped,
-        "ranges": {name: list(pair) for name, pair in found.items()},
+        **calibration.record,
+        "precision": used.pop() if len(used) == 1 else "mixed",
+        "op_types": None if options.op_types is None else list(options.op_types),
+        "overrides": dict(options.overrides),
+        "asked": len(choice.precisions) + len(hard),
+        "quantised": len(choice.precisions),
+        "nodes": list(choice.precisions),
+        "precisions": choice.precisions,
+        "modules": {n: choice.modules[n] for n in choice.precisions if n in choice.modules},
+        "skipped": choice.skipped,
+        "ranges": {name: list(pair) for name, pair in calibration.ranges.items()},
     }
-    write_record(quantised, record)
-    onnx_file.save(quantised, path)
+    write_record(proto, record)
+    onnx_file.save(proto, path)
+    del proto
     written = OnnxModel.open(path)
     if (written.inputs, written.outputs) != (model.inputs, model.outputs):
         raise QuantizationError(
@@ -142,8 +250,116 @@ def quantize(
     return written
 
 
+def _skeleton(path: Path) -> Any:
+    """The ModelProto without external weights, and with a name for every node."""
+    onnx = _deps.require("onnx", purpose="quantise a model")
+    proto = onnx.load(path, load_external_data=False)
+    layers.name_nodes(proto)
+    return proto
+
+
+def _tensors_to_watch(choice: Choice, *, everything: bool) -> set[str] | None:
+    """What to collect ranges of from the file: for the CPU form of INT8 layers, or for all.
+
+    None stands for every tensor that a CPU could hold as integers: they flow on from convolutions.
+    """
+    integer = {name for name, precision in choice.precisions.items() if precision == "int8"}
+    if any(choice.operators[name] == "Conv" for name in integer):
+        return None
+    return {choice.inputs[n] for n in choice.precisions if everything or n in integer}
+
+
+def _ranges_by_module(
+    model: OnnxModel,
+    module: torch.nn.Module,
+    data: Batches,
+    options: QuantizeOptions,
+    choice: Choice,
+    bar: Progress,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Ranges of the module's layers, given to the nodes that they became."""
+    known = torch_ranges.quantisable(module)
+    wanted: dict[str, str] = {}
+    for name, precision in list(choice.precisions.items()):
+        path = choice.modules.get(name)
+        if path is None or path not in known:
+            raise QuantizationError(
+                f"node {name} comes from module {path!r}, which {type(module).__name__} does not "
+                "have: give the module that was exported, or none"
+            )
+        if not known[path]:
+            part = type(module.get_submodule(path)).__name__
+            choice.drop(name, f"ModelOpt has no quantised form of {part} ({path or 'the module'})")
+        elif wanted.setdefault(path, precision) != precision:
+            raise QuantizationError(
+                f"module {path!r} is called more than once and is asked for as {wanted[path]} and "
+                f"{precision}; one layer has one precision"
+            )
+    if not choice.precisions:
+        reasons = "; ".join(list(choice.skipped.values())[:3])
+        raise QuantizationError(
+            f"0 quantizers enabled: {reasons}; give quantize no module, and ranges come from the "
+            "file"
+        )
+    arrays = (feed[model.inputs[0].name] for feed in _feeds(model, data, bar))
+    found = torch_ranges.collect(module, wanted, arrays, options.resolved_method)
+    by_node = {name: found[choice.modules[name]] for name in choice.precisions}
+    return (
+        {name: entry.amax for name, entry in by_node.items()},
+        {name: e.smooth for name, e in by_node.items() if e.smooth is not None},
+    )
+
+
+def _ranges_by_modelopt(
+    model: OnnxModel,
+    data: Batches,
+    options: QuantizeOptions,
+    choice: Choice,
+    scratch: Path,
+    bar: Progress,
+) -> dict[str, float]:
+    """Ranges of the INT8 nodes from ModelOpt's ONNX quantisation, which may leave some out."""
+    with quiet():
+        tool = _deps.require(
+            "modelopt", purpose="quantise a model", submodule="onnx.quantization.quantize"
+        )
+    source, result = scratch / "source.onnx", scratch / "result.onnx"
+    proto = onnx_file.load(model.path)
+    layers.name_nodes(proto)
+    external = onnx_file.weight_bytes(proto) > onnx_file.EXTERNAL_DATA_BYTES
+    onnx_file.write(proto, source)
+    del proto  # ModelOpt loads its own copy
+    chosen = [name for name, precision in choice.precisions.items() if precision == "int8"]
+    _run_modelopt(
+        tool, source, result, _Reader(model, data, bar), chosen, choice, options, external
+    )
+    found = _scales(onnx_file.load(result))
+    for name in chosen:
+        if name not in found:
+            choice.drop(name, "left in float by ModelOpt")
+    if not choice.precisions:
+        raise QuantizationError(
+            f"0 of {len(chosen)} nodes were quantised: ModelOpt took none of "
+            f"{', '.join(chosen[:5])}; its integer kernels want at least {NARROW} channels"
+        )
+    return {name: found[name] * 127 for name in chosen if name in found}
+
+
+def _scales(proto: Any) -> dict[str, float]:
+    """Node name to the scale of its first input, where both of its first two are dequantised."""
+    onnx = _deps.require("onnx", purpose="read a quantised model")
+    held = {tensor.name: tensor for tensor in proto.graph.initializer}
+    made = {n.output[0]: n for n in proto.graph.node if n.op_type == "DequantizeLinear"}
+    found = {}
+    for node in proto.graph.node:
+        if len(node.input) > 1 and set(node.input[:2]) <= made.keys():
+            scale = onnx.numpy_helper.to_array(held[made[node.input[0]].input[1]])
+            found[node.name] = float(scale.max())
+    return found
+
+
 def _refuse_unfit(model: OnnxModel) -> None:
-    if model.precision == "int8":
+    if model.quantised:
         raise QuantizationError(f"{model.path} is already quantised; start from the float file")
     if model.precision != "fp32":
         raise QuantizationError(
@@ -156,50 +372,6 @@ def _refuse_unfit(model: OnnxModel) -> None:
             f"{model.path} has {len(model.inputs)} inputs ({names}); calibration data is one "
             "array per batch and feeds a model with one input"
         )
-
-
-def _select(proto: Any, options: QuantizeOptions) -> tuple[list[str], dict[str, str]]:
-    """Names of the nodes to quantise, and name to reason for the others of these types.
-
-    Nodes without a name are given one. Products of two activations (attention) stay in float:
-    ModelOpt's pattern search for them depends on the data; a weight that is constant does not.
-    """
-    taken = {node.name for node in proto.graph.node}
-    for index, node in enumerate(proto.graph.node):
-        if not node.name:
-            node.name = f"{node.op_type}_{index}"
-            while node.name in taken:
-                node.name += "_"
-            taken.add(node.name)
-    unknown = sorted(set(options.exclude) - taken)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], taken, 3)
-        raise QuantizationError(
-            f"exclude names a node that does not exist: {unknown[0]!r}"
-            + (f"; did you mean {', '.join(near)}?" if near else "")
-        )
-    weights = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
-    chosen: list[str] = []
-    skipped: dict[str, str] = {}
-    for node in proto.graph.node:
-        if node.op_type not in options.op_types:
-            continue
-        shape = weights.get(node.input[1]) if len(node.input) > 1 else None
-        if node.name in options.exclude:
-            skipped[node.name] = "excluded by name"
-        elif shape is None:
-            skipped[node.name] = "its second input is not a constant weight"
-        elif node.op_type in ("Gemm", "MatMul") and min(shape[-2:]) < NARROW:
-            skipped[node.name] = f"narrower than {NARROW}: weight {shape}"
-        else:
-            chosen.append(node.name)
-    if not chosen:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:5])
-        raise QuantizationError(
-            f"0 nodes to quantise: no {', '.join(options.op_types)} qualifies"
-            + (f" ({reasons})" if reasons else "")
-        )
-    return chosen, skipped
 
 
 def _feeds(model: OnnxModel, data: Iterable[np.ndarray], bar: Progress) -> Iterator[Feed]:
@@ -247,6 +419,7 @@ def _run_modelopt(
     result: Path,
     reader: _Reader,
     chosen: list[str],
+    choice: Choice,
     options: QuantizeOptions,
     external: bool,
 ) -> None:
@@ -256,9 +429,9 @@ def _run_modelopt(
                 str(source),
                 quantize_mode="int8",
                 calibration_data_reader=reader,
-                calibration_method=options.method,
+                calibration_method=options.resolved_method,
                 calibration_eps=["cpu"],
-                op_types_to_quantize=list(options.op_types),
+                op_types_to_quantize=sorted({choice.operators[name] for name in chosen}),
                 # Names are taken for regular expressions that match a beginning.
                 nodes_to_quantize=[f"{re.escape(name)}$" for name in chosen],
                 high_precision_dtype="fp32",
@@ -278,19 +451,6 @@ def _run_modelopt(
             ) from error
     if not result.is_file():
         raise QuantizationError(f"ModelOpt wrote no file; it said:\n{said.getvalue()[-2000:]}")
-
-
-def _linked_copy(source: Path) -> Path:
-    """A second model file beside ``source`` that may be changed; weights are shared."""
-    copy = source.with_name("ranges.onnx")
-    copy.write_bytes(source.read_bytes())
-    return copy
-
-
-def _quantised_nodes(proto: Any) -> list[str]:
-    """Nodes whose first two inputs both come from DequantizeLinear."""
-    made = {n.output[0] for n in proto.graph.node if n.op_type == "DequantizeLinear"}
-    return [n.name for n in proto.graph.node if len(n.input) > 1 and set(n.input[:2]) <= made]
 
 
 def _signature(model: OnnxModel) -> str:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sn72engine import _deps
+from sn72engine import _deps, onnx_file
 from sn72engine.cpu_plan import ACTIVATIONS, JOINS, MOVES, POOLS, PRODUCTS
 from sn72engine.errors import CalibrationError
 
 #: Operators whose inputs and outputs a CPU engine may hold as integers. A mean may become a pool.
 INTEGER_OPS = PRODUCTS | ACTIVATIONS | JOINS | POOLS | MOVES | {"ReduceMean"}
 
+_INLINE_BYTES = 16 << 20
+
 _MIN, _MAX = "sn72.min.", "sn72.max."
 
 
 def collect(
-    path: Path, feeds: Iterable[Mapping[str, np.ndarray]]
+    path: Path,
+    feeds: Iterable[Mapping[str, np.ndarray]],
+    tensors: Collection[str] | None = None,
+    folder: Path | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Range of every float tensor that touches one of :data:`INTEGER_OPS`.
+    """Range of the float tensors named, or of every one that touches one of :data:`INTEGER_OPS`.
 
     The reductions are made part of the graph, so only two numbers per tensor and batch leave
     ONNX Runtime and no tensor outlives the node that reads it last.
@@ -29,6 +35,8 @@ def collect(
     Args:
         path: a float32 ONNX file.
         feeds: batches, as input name to array; each is read once and let go.
+        tensors: names of float tensors that a node computes or that are inputs; None as above.
+        folder: for a scratch file of the size of ``path``; None for the system's own.
 
     Returns:
         Tensor name to (smallest, largest) over all batches.
@@ -37,11 +45,20 @@ def collect(
         CalibrationError: there is no batch, or a tensor became NaN or infinite.
     """
     ort = _deps.require("onnxruntime", purpose="collect activation ranges")
-    names = _augment(path)
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    with tempfile.TemporaryDirectory(prefix=".sn72.", dir=folder) as scratch:
+        names = _augment(path, Path(scratch) / path.name, tensors)
+        session = ort.InferenceSession(
+            str(Path(scratch) / path.name), settings, providers=["CPUExecutionProvider"]
+        )
+        return _watch(session, names, feeds)
+
+
+def _watch(
+    session: Any, names: list[str], feeds: Iterable[Mapping[str, np.ndarray]]
+) -> dict[str, tuple[float, float]]:
     wanted = [prefix + name for prefix in (_MIN, _MAX) for name in names]
     low = np.full(len(names), np.inf)
     high = np.full(len(names), -np.inf)
@@ -61,11 +78,11 @@ def collect(
     return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
 
 
-def _augment(path: Path) -> list[str]:
-    """Give the file at ``path`` two scalar outputs per tensor of interest; returns the tensors."""
+def _augment(path: Path, target: Path, tensors: Collection[str] | None) -> list[str]:
+    """Write the file at ``path`` with two scalar outputs per tensor of interest; returns these."""
     onnx = _deps.require("onnx", purpose="collect activation ranges")
-    proto = onnx.load(path, load_external_data=False)
-    names = _tensors(onnx, proto)
+    proto = onnx_file.load(path)
+    names = _tensors(onnx, proto) if tensors is None else list(dict.fromkeys(tensors))
     del proto.graph.output[:]
     for name in names:
         for prefix, operator in ((_MIN, "ReduceMin"), (_MAX, "ReduceMax")):
@@ -75,7 +92,8 @@ def _augment(path: Path) -> list[str]:
             proto.graph.output.append(
                 onnx.helper.make_tensor_value_info(prefix + name, onnx.TensorProto.FLOAT, [])
             )
-    path.write_bytes(proto.SerializeToString())
+    # Weights in a file of their own are mapped into memory, not copied.
+    onnx_file.write(proto, target, _INLINE_BYTES)
     return names
 
 

@@ -47,7 +47,6 @@ def test_the_record_travels_with_the_file(tmp_path: Path) -> None:
     )
     assert model.preprocess == spec
     assert model.quantization == quantization
-    assert model.precision == "int8"
 
 
 def test_writing_a_record_keeps_other_metadata() -> None:
@@ -100,12 +99,12 @@ def test_an_absent_file_is_refused(tmp_path: Path) -> None:
     [
         (numpy_helper.from_array(np.int8(0), "z"), "int8"),
         (numpy_helper.from_array(np.uint8(3), "z"), "int8"),
-        (helper.make_tensor("z", TensorProto.FLOAT8E4M3FN, [], [0.0]), "fp32"),
+        (helper.make_tensor("z", TensorProto.FLOAT8E4M3FN, [], [0.0]), "fp8"),
         (None, "int8"),  # the operator then gives uint8
     ],
 )
 @pytest.mark.parametrize("as_node", [False, True])
-def test_a_model_that_others_quantised_is_int8(
+def test_a_model_that_others_quantised_says_to_what(
     tmp_path: Path, zero_point: Any, precision: str, as_node: bool
 ) -> None:
     names = ["x", "s"] if zero_point is None else ["x", "s", "z"]

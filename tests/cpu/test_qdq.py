@@ -20,7 +20,7 @@ from sn72engine.preprocessing import preprocess
 from sn72engine.qdq import lower_for_cpu
 from sn72engine.quantizer import quantize
 from sn72engine.spec import CalibrationOptions, ExportOptions, Preprocess, QuantizeOptions
-from tests.quantized_models import exported, images, quantized
+from tests.quantized_models import data, exported, images, quantized
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -68,7 +68,6 @@ def test_transformer_runs_products_on_integers_and_the_rest_in_float(tmp_path):
     target = tmp_path / "cpu.onnx"
     notes = lower_for_cpu(quantized("transformer").path, target)
     assert notes[0].endswith("4 MatMul")
-    assert "1 of 5 products stay in float: a patch embedding" in notes[1]
     operators = fused(target, tmp_path)
     assert operators["MatMulIntegerToFloat"] == 4
     assert operators["QLinearAdd"] == operators["QLinearConv"] == 0
@@ -78,6 +77,13 @@ def test_transformer_runs_products_on_integers_and_the_rest_in_float(tmp_path):
         if t.name.endswith("_zero_u8")
     }
     assert kinds == {np.dtype(np.uint8)}
+
+
+def test_a_patch_embedding_that_was_quantised_is_computed_in_float(tmp_path):
+    options = QuantizeOptions(method="max", overrides={"patches": "int8"})
+    model = quantize(exported("transformer"), data(), options, tmp_path / "q.onnx")
+    notes = lower_for_cpu(model.path, tmp_path / "cpu.onnx")
+    assert "1 of 5 products stay in float: a patch embedding" in notes[1]
 
 
 @pytest.mark.parametrize("method", ["max", "entropy"])

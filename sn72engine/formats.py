@@ -1,0 +1,142 @@
+"""Weights in the number formats of quantised engines, as ONNX tensors.
+
+INT8 is symmetric with one scale per output channel; FP8 is e4m3 with the same scales. NVFP4 and
+MXFP8 store blocks along the axis that a product sums over, as defined in
+:mod:`sn72kernels.ops.quantize_blocks.reference`, whose bits these are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sn72engine import _deps, affine
+from sn72kernels.ops.quantize_blocks.reference import (
+    E2M1_MAX,
+    E4M3_MAX,
+    MXFP8_BLOCK,
+    NVFP4_BLOCK,
+    global_scale_of,
+    quantize_mxfp8,
+    quantize_nvfp4,
+)
+
+#: Largest magnitude of each format that has one scale per tensor or channel.
+LARGEST = {"int8": 127.0, "fp8": E4M3_MAX}
+
+#: Elements that share a scale, in the formats that scale by block.
+BLOCK = {"nvfp4": NVFP4_BLOCK, "mxfp8": MXFP8_BLOCK}
+
+#: Code of e8m0 that stands for 1.
+E8M0_BIAS = 127
+
+
+def activation_scale(precision: str, amax: float) -> np.ndarray:
+    """Scale of a whole activation tensor, float32 (), that lets ``amax`` just fit.
+
+    For NVFP4 it is the float32 scale that its block scales are relative to.
+    """
+    largest = E2M1_MAX * E4M3_MAX if precision == "nvfp4" else LARGEST[precision]
+    return np.array(max(amax / largest, affine.SMALLEST_SCALE), np.float32)
+
+
+def int8(name: str, weight: np.ndarray, axis: int) -> list[Any]:
+    """Integers, scales and zero points, with one scale per index of ``axis``.
+
+    Args:
+        name: that the names of the tensors begin with.
+        weight: float32.
+        axis: of the output channel.
+
+    Returns:
+        TensorProtos in the order in which DequantizeLinear takes them.
+    """
+    onnx = _deps.require("onnx", purpose="quantise a model")
+    scales = _channel_scales(weight, axis, LARGEST["int8"])
+    integers = affine.quantize_weight(weight, scales, axis)
+    return [
+        onnx.numpy_helper.from_array(integers, f"{name}_i8"),
+        onnx.numpy_helper.from_array(scales, f"{name}_scale"),
+        onnx.numpy_helper.from_array(np.zeros(scales.shape, np.int8), f"{name}_zero"),
+    ]
+
+
+def fp8(name: str, weight: np.ndarray, axis: int) -> list[Any]:
+    """As :func:`int8`, in e4m3; values beyond the range saturate."""
+    onnx = _deps.require("onnx", purpose="quantise a model")
+    scales = _channel_scales(weight, axis, E4M3_MAX)
+    codes = to_e4m3(weight / affine.along(scales, weight.ndim, axis))
+    kind = onnx.TensorProto.FLOAT8E4M3FN
+    return [
+        onnx.helper.make_tensor(f"{name}_f8", kind, weight.shape, codes.tobytes(), raw=True),
+        onnx.numpy_helper.from_array(scales, f"{name}_scale"),
+        onnx.helper.make_tensor(f"{name}_zero", kind, scales.shape, bytes(scales.size), raw=True),
+    ]
+
+
+def nvfp4(name: str, weight: np.ndarray) -> list[Any]:
+    """e2m1 values, e4m3 scales of blocks of 16 along the last axis, and the float32 scale.
+
+    Args:
+        name: that the names of the tensors begin with.
+        weight: float32, shape (channels, inputs) with inputs a multiple of 16.
+
+    Returns:
+        TensorProtos of shapes (channels, inputs), (channels, inputs / 16) and ().
+    """
+    onnx = _deps.require("onnx", purpose="quantise a model")
+    torch = _deps.require("torch", purpose="quantise a model")
+    values = torch.from_numpy(weight)
+    overall = global_scale_of(values)
+    codes, scales = quantize_nvfp4(values, overall)
+    blocks = (weight.shape[0], weight.shape[1] // NVFP4_BLOCK)
+    types = onnx.TensorProto
+    return [
+        onnx.helper.make_tensor(
+            f"{name}_f4", types.FLOAT4E2M1, weight.shape, codes.numpy().tobytes(), raw=True
+        ),
+        onnx.helper.make_tensor(
+            f"{name}_block_scale", types.FLOAT8E4M3FN, blocks, _bytes(torch, scales), raw=True
+        ),
+        onnx.numpy_helper.from_array(overall.numpy(), f"{name}_scale"),
+    ]
+
+
+def mxfp8(name: str, weight: np.ndarray) -> list[Any]:
+    """e4m3 values and the e8m0 scales, as uint8, of blocks of 32 along the last axis.
+
+    Args:
+        name: that the names of the tensors begin with.
+        weight: float32, shape (channels, inputs) with inputs a multiple of 32.
+
+    Returns:
+        TensorProtos of shapes (channels, inputs) and (channels, inputs / 32).
+    """
+    onnx = _deps.require("onnx", purpose="quantise a model")
+    torch = _deps.require("torch", purpose="quantise a model")
+    values, scales = quantize_mxfp8(torch.from_numpy(weight))
+    kind = onnx.TensorProto.FLOAT8E4M3FN
+    return [
+        onnx.helper.make_tensor(f"{name}_f8", kind, weight.shape, _bytes(torch, values), raw=True),
+        onnx.numpy_helper.from_array(scales.view(torch.uint8).numpy(), f"{name}_block_scale"),
+    ]
+
+
+def to_e4m3(values: np.ndarray) -> np.ndarray:
+    """Codes, uint8, of the nearest e4m3 numbers: half to even, saturated at 448."""
+    torch = _deps.require("torch", purpose="quantise a model")
+    held = torch.from_numpy(np.ascontiguousarray(values, np.float32)).clamp(-E4M3_MAX, E4M3_MAX)
+    codes: np.ndarray = held.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return codes
+
+
+def _channel_scales(weight: np.ndarray, axis: int, largest: float) -> np.ndarray:
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    scales: np.ndarray = np.maximum(np.abs(weight).max(others) / largest, affine.SMALLEST_SCALE)
+    return scales.astype(np.float32)
+
+
+def _bytes(torch: Any, codes: Any) -> bytes:
+    data: bytes = codes.contiguous().view(torch.uint8).numpy().tobytes()
+    return data
