@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +20,7 @@ from sn72engine.builder import build, check_batch, resolve_precision
 from sn72engine.engine import Engine
 from sn72engine.errors import BuildError, InputError
 from sn72engine.model import OnnxModel, TensorSpec
-from sn72engine.session import load
+from sn72engine.session import Session, load
 from sn72engine.spec import BuildOptions, ShapeRange
 from sn72engine.store import Store, open_engine
 from sn72engine.trial import random_inputs, try_engine
@@ -216,7 +218,7 @@ def test_a_slow_engine_is_tried_at_its_smallest_batch_only(
 ) -> None:
     monkeypatch.setattr(trial, "LIMIT_SECONDS", 0.0)
     engine = build(tiny_models.linear(tmp_path / "m.onnx"), SMALL, store=store)
-    assert any(note.startswith("run at batch 1 only; batch 4") for note in engine.manifest.notes)
+    assert any(note.startswith("not run at batch 4 and more") for note in engine.manifest.notes)
 
 
 def test_an_engine_with_another_free_axis_is_kept_untried(tmp_path: Path, store: Store) -> None:
@@ -230,6 +232,26 @@ def test_an_engine_for_another_card_is_not_tried(tmp_path: Path, store: Store) -
     engine = build(tiny_models.linear(tmp_path / "m.onnx"), SMALL, store=store)
     moved = Engine(engine.folder, replace(engine.manifest, backend="tensorrt_rtx", target="sm_999"))
     assert try_engine(moved) == ("not run: it is for sm_999, which this machine does not have",)
+
+
+def test_every_profile_is_tried(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build(tiny_models.linear(tmp_path / "m.onnx"), SMALL, store=store)
+    ranges = [{"min": 1, "opt": 1, "max": 1}, {"min": 1, "opt": 3, "max": SMALL.batch.max}]
+    record = {"options": json.dumps({"profiles": ranges})}
+    profiled = Engine(engine.folder, replace(engine.manifest, fingerprint=record))
+    tried: list[int] = []
+    monkeypatch.setattr(trial, "Session", lambda _: Session(engine))
+    real = trial._run
+
+    def run(session: Session, inputs: dict[str, Any], size: int) -> float:
+        tried.append(size)
+        return real(session, inputs, size)
+
+    monkeypatch.setattr(trial, "_run", run)
+    assert try_engine(profiled) == ()
+    assert tried == [1, 3, SMALL.batch.max]
 
 
 @given(batch=st.integers(1, 6), seed=st.integers(0, 1000))
