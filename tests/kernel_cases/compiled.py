@@ -120,6 +120,11 @@ def narrow_products(ttir: str) -> list[str]:
     return found
 
 
+def inexact(ptx: str) -> list[str]:
+    """Instructions that flush subnormal numbers or round otherwise than to nearest."""
+    return sorted(set(re.findall(r"\b\w+\.(?:approx|full|ftz)[\w.]*", ptx)))
+
+
 def main() -> None:
     """Print one JSON object per compiled launch."""
     arch = int(sys.argv[1]) if len(sys.argv) > 1 else 90
@@ -127,7 +132,10 @@ def main() -> None:
         for name, launch in launches(kind, arch):
             row = testing.compile_launch(launch, arch, name)
             found = {"kind": kind, "op": name, "kernel": row.kernel, "faults": row.faults()}
-            found["narrow"] = narrow_products(testing.compile_only(launch, arch).asm["ttir"])
+            code = testing.compile_only(launch, arch).asm
+            found["narrow"] = narrow_products(code["ttir"])
+            found["inexact"] = inexact(str(code["ptx"]))
+            found["fused"] = len(re.findall(r"\bfma\.rn\.f32", str(code["ptx"])))
             print(json.dumps(found | {"load": row.load_bits, "store": row.store_bits}))
 
 

@@ -51,11 +51,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     else:
         mark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
     for item in items:
-        if item.path.parent.name == "kernels" and item.path.stem in INTERPRETED:
+        name = getattr(item, "originalname", item.name)
+        if item.path.parent.name == "kernels" and {item.path.stem, name} & INTERPRETED:
             item.add_marker(mark)
 
 
-INTERPRETED = {f"test_{path.parent.name}" for path in _ops().glob("*/kernel.py")}
+# Files, by op, and single tests, by name.
+INTERPRETED = {f"test_{path.parent.name}" for path in _ops().glob("*/kernel.py")} | {
+    "test_every_candidate_is_right",
+    "test_far_offsets",
+    "test_launcher_agrees_with_the_reference",
+    "test_launcher_gives_the_same_bits_for_every_layout",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -177,3 +177,34 @@ def test_offsets_of_rows_are_of_64_bits(edges: list[dict[str, Any]]) -> None:
     """No kernel multiplies a size or a stride in 32 bits, for inputs or outputs."""
     narrow = {row["kernel"] for row in edges if row["narrow"]}
     assert narrow == set(BOUNDED)
+
+
+# Kernels that promise the bits of their reference -> why a multiplication and an addition may be
+# one instruction that rounds once. The others do both steps apart, as their reference does.
+EXACT = {
+    "route_loop": "",
+    "route_blocks": "",
+    "compact_blocks": "",
+    "finish": "",
+    "vote": "",
+    "preprocess": "",
+    "dequantize": "",
+    "dequantize_nvfp4": "",
+    "dequantize_mxfp8": "",
+    "quantize_static": "a power of two times a code, exact, then the rounding constant",
+    "quantize_token": "likewise",
+    "quantize_token_wide": "likewise",
+    "quantize_mxfp8": "likewise",
+    "quantize_nvfp4": "likewise; and a zero is added to a product",
+}
+
+
+@pytest.mark.slow
+def test_exact_kernels_round_as_their_reference_does(edges: list[dict[str, Any]]) -> None:
+    """No flushing of subnormal numbers, no approximate division, no fused steps."""
+    rows = [row for row in edges if row["kernel"] in EXACT]
+    assert {row["kernel"] for row in rows} == set(EXACT)
+    for row in rows:
+        assert row["inexact"] == [], row
+        assert row["fused"] == 0 or EXACT[row["kernel"]], row
+    assert any(row["inexact"] for row in edges)  # GELU's exponential, where no bits are promised
