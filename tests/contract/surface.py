@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,12 +124,18 @@ def surfaces() -> list[Surface]:
     return found
 
 
+def modules() -> list[str]:
+    """Every module of the package that calls something ``trt``."""
+    found = (path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+    return sorted(m for m in found if re.search(r"\btrt\b", (PACKAGE / m).read_text()))
+
+
 def uses() -> list[Use]:
-    """Every use in the modules of ``OWNERS``."""
+    """Every use; what variables hold is known in the modules of ``OWNERS`` only."""
     return [
         use
-        for module, owners in OWNERS.items()
-        for use in _uses(module, ast.parse((PACKAGE / module).read_text()), owners)
+        for module in sorted({*modules(), *OWNERS})
+        for use in _uses(module, ast.parse((PACKAGE / module).read_text()), OWNERS.get(module, {}))
     ]
 
 
