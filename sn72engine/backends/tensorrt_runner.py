@@ -61,6 +61,8 @@ class TensorRTRunner:
         self._loaded: LoadedEngine | None = loaded
         self._device = device
         self._contexts: dict[int, Any] = {}
+        #: Address and size of the scratch memory that each context has been given.
+        self._given: dict[int, tuple[int, int]] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._scratch: torch.Tensor | None = None
         self._bound_scratch: torch.Tensor | None = None
@@ -187,7 +189,10 @@ class TensorRTRunner:
             address = results[spec.name].data_ptr()
             check(context.set_tensor_address(spec.name, address), f"output {spec.name!r}")
         scratch = self._scratch_for(loaded, profile)
-        context.set_device_memory(scratch.data_ptr(), scratch.numel())
+        memory = (scratch.data_ptr(), scratch.numel())
+        if self._given.get(profile) != memory:
+            context.set_device_memory(memory[0], memory[1])
+            self._given[profile] = memory
         launched = context.execute_async_v3(self._device.stream)
         failures = [allocator.failure for allocator in open_ended.values() if allocator.failure]
         if failures:
