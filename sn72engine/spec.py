@@ -427,6 +427,11 @@ class TensorRTOptions(Options):
             check_choice("plugins", plugin, Plugin)
         if self.exclude_lean_runtime and not self.version_compatible:
             raise OptionError("exclude_lean_runtime=True needs version_compatible=True")
+        if self.user_allocation and self.weight_streaming:
+            raise OptionError(
+                "user_allocation=True and weight_streaming=True exclude each other: weights that "
+                "are streamed need memory while the engine runs"
+            )
         if self.strip_weights and self.refit == "none":
             raise OptionError(
                 "strip_weights=True needs refit='identical' (or 'any'): without it the weights "

@@ -119,6 +119,11 @@ def test_a_nested_key_is_named_with_its_path() -> None:
         (TensorRTOptions, {"tactic_bytes": 5}, "tactic_bytes=5"),
         (TensorRTOptions, {"exclude_lean_runtime": True}, "needs version_compatible=True"),
         (TensorRTOptions, {"strip_weights": True}, "needs refit='identical'"),
+        (
+            TensorRTOptions,
+            {"user_allocation": True, "weight_streaming": True},
+            "exclude each other",
+        ),
         (TensorRTOptions, {"plugins": ["gelu"]}, "plugins='gelu'"),
         (RuntimeOptions, {"shape_kernels": "soon"}, "shape_kernels='soon'"),
         (RuntimeOptions, {"weight_streaming_bytes": -1}, "weight_streaming_bytes=-1"),
