@@ -369,11 +369,8 @@ class IExecutionContext:
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         """Compute, reading and writing the addresses that were set."""
-        needed = self._plan.scratch[self.active_optimization_profile % len(self._plan.scratch)]
-        address, size = self._memory
-        if size < needed or not address:
-            return self._fail(f"{size} bytes of scratch, {needed} needed")
-        ctypes.memset(address, 0xEE, needed)
+        if not self._use_scratch():
+            return False
         inputs = {name: at(self._addresses[name], shape) for name, shape in self._shapes.items()}
         for name, value in self._library.compute(inputs).items():
             value = np.ascontiguousarray(value, np.float32)
@@ -390,6 +387,20 @@ class IExecutionContext:
         self.launches += 1
         self.streams.append(stream_handle)
         return self._done("execute_async_v3")
+
+    def _use_scratch(self) -> bool:
+        """Overwrite the memory that was given, where it is to be given."""
+        strategy = self._config.get_execution_context_allocation_strategy()
+        if strategy is not Library.ExecutionContextAllocationStrategy.USER_MANAGED:
+            return self._memory == (0, 0) or self._fail("memory that was not asked for")
+        if self._plan.streamable:
+            return self._fail("streamed weights need memory of the library's own")
+        needed = self._plan.scratch[self.active_optimization_profile % len(self._plan.scratch)]
+        address, size = self._memory
+        if size < needed or not address:
+            return self._fail(f"{size} bytes of scratch, {needed} needed")
+        ctypes.memset(address, 0xEE, needed)
+        return True
 
     def _done(self, method: str) -> bool:
         return method not in self._plan.refuse or self._fail(f"{method} was told to fail")

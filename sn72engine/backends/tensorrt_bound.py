@@ -37,6 +37,11 @@ class BoundRun:
         inputs: Mapping[str, torch.Tensor],
         scratch: torch.Tensor,
     ) -> None:
+        if loaded.streams:
+            raise SessionError(
+                "an engine that streams its weights cannot be captured in a graph: build it with "
+                "weight_streaming=False"
+            )
         self._loaded, self._device = loaded, device
         self._held = (dict(inputs), scratch)
         shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}

@@ -100,7 +100,10 @@ class LoadedEngine:
             self._config = self._configure()
 
     def new_context(self, profile: int, device: Device) -> Any:
-        """A context for one profile, which takes its scratch memory from the caller.
+        """A context for one profile.
+
+        It takes its scratch memory from the caller, unless weights are streamed: that needs memory
+        of TensorRT's own while it runs.
 
         Raises:
             SessionError: TensorRT cannot prepare it.
@@ -116,8 +119,15 @@ class LoadedEngine:
         device.synchronize()  # what it copies must be there before other streams read it
         return context
 
+    @property
+    def streams(self) -> bool:
+        """Whether weights are streamed from host memory."""
+        return bool(self._engine.streamable_weights_size)
+
     def scratch_bytes(self, profile: int) -> int:
-        """Device memory that a context for ``profile`` needs while it runs."""
+        """Device memory that a context for ``profile`` is to be given."""
+        if self.streams:
+            return 0
         size: int = self._engine.get_device_memory_size_for_profile_v2(profile)
         return size
 
@@ -160,7 +170,7 @@ class LoadedEngine:
     def _stream_weights(self) -> None:
         """Set how much of the weights stays on the device; before any context is made."""
         budget = self.options.weight_streaming_bytes
-        if self._engine.streamable_weights_size == 0:
+        if not self.streams:
             if budget is not None:
                 raise SessionError(
                     f"weight_streaming_bytes={budget}: this engine cannot stream its weights; "
@@ -192,9 +202,10 @@ class LoadedEngine:
 
     def _configure(self) -> Any:
         trt, config = self.trt, self._engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(
-            trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        )
+        if not self.streams:
+            config.set_execution_context_allocation_strategy(
+                trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            )
         if self.manifest.backend == "tensorrt_rtx":
             self._configure_rtx(config)
         return config

@@ -188,11 +188,7 @@ class TensorRTRunner:
             results[spec.name] = allocate(spec.name, shape, spec.dtype)
             address = results[spec.name].data_ptr()
             check(context.set_tensor_address(spec.name, address), f"output {spec.name!r}")
-        scratch = self._scratch_for(loaded, profile)
-        memory = (scratch.data_ptr(), scratch.numel())
-        if self._given.get(profile) != memory:
-            context.set_device_memory(memory[0], memory[1])
-            self._given[profile] = memory
+        self._give_scratch(loaded, profile, context)
         launched = context.execute_async_v3(self._device.stream)
         failures = [allocator.failure for allocator in open_ended.values() if allocator.failure]
         if failures:
@@ -207,14 +203,19 @@ class TensorRTRunner:
             self._contexts[profile] = loaded.new_context(profile, self._device)
         return self._contexts[profile]
 
-    def _scratch_for(self, loaded: LoadedEngine, profile: int) -> Any:
+    def _give_scratch(self, loaded: LoadedEngine, profile: int, context: Any) -> None:
+        if loaded.streams:
+            return
         size = max(1, loaded.scratch_bytes(profile))
         if self._scratch is None or self._scratch.numel() < size:
             # Let go first: both together may not fit. The allocator keeps the old block from
             # others until the work queued on this stream is done with it.
             self._scratch = None
             self._scratch = self._device.empty((size,), "uint8")
-        return self._scratch
+        memory = (self._scratch.data_ptr(), self._scratch.numel())
+        if self._given.get(profile) != memory:
+            context.set_device_memory(memory[0], memory[1])
+            self._given[profile] = memory
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
         """View of ``shape`` at the start of the tensor's own buffer, grown when too small."""

@@ -571,6 +571,12 @@ def test_weights_stream_within_a_budget(opened: Opened, asked: int | None, budge
     options = RuntimeOptions(weight_streaming_bytes=asked)
     with opened(plan(streamable=1000), options=options) as session:
         assert library_of(session).engines[0].weight_streaming_budget_v2 == budget
+        np.testing.assert_array_equal(session(some(2)), 2 * some(2))
+        memory = session.device_memory
+        assert memory is not None
+        assert memory.scratch == 0
+        with pytest.raises(SessionError, match="streams its weights cannot be captured"):
+            session.bind({"x": on_device(2)})
 
 
 def test_an_engine_that_cannot_stream_says_so(opened: Opened) -> None:
