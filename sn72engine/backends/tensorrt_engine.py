@@ -125,9 +125,7 @@ class LoadedEngine:
         return bool(self._engine.streamable_weights_size)
 
     def scratch_bytes(self, profile: int) -> int:
-        """Device memory that a context for ``profile`` is to be given."""
-        if self.streams:
-            return 0
+        """Device memory that a context for ``profile`` needs while it runs."""
         size: int = self._engine.get_device_memory_size_for_profile_v2(profile)
         return size
 
