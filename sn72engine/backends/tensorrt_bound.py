@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sn72engine.backends.tensorrt_device import Device
-from sn72engine.backends.tensorrt_engine import LoadedEngine, nearest
+from sn72engine.backends.tensorrt_engine import LoadedEngine
 from sn72engine.errors import SessionError
 
 if TYPE_CHECKING:
@@ -44,15 +44,8 @@ class BoundRun:
             )
         self._loaded, self._device = loaded, device
         self._held = (dict(inputs), scratch)
-        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-        self._context = loaded.new_context(nearest(loaded.profiles, shapes), device)
-        context, check = self._context, loaded.check
-        for name, tensor in inputs.items():
-            check(context.set_input_shape(name, shapes[name]), f"shape of {name!r}")
-            check(context.set_tensor_address(name, tensor.data_ptr()), f"input {name!r}")
-        missing = context.infer_shapes()
-        if missing:
-            raise SessionError(f"TensorRT cannot work out shapes without {', '.join(missing)}")
+        self._context = context = loaded.new_context(loaded.nearest(inputs), device)
+        loaded.set_inputs(context, inputs)
         self.outputs: dict[str, torch.Tensor] = {}
         for spec in loaded.manifest.outputs:
             shape = tuple(context.get_tensor_shape(spec.name))
@@ -61,10 +54,9 @@ class BoundRun:
                     f"output {spec} depends on values: its launch cannot be captured in a graph"
                 )
             self.outputs[spec.name] = device.empty(shape, spec.dtype)
-            address = self.outputs[spec.name].data_ptr()
-            check(context.set_tensor_address(spec.name, address), f"output {spec.name!r}")
+            loaded.set_output(context, spec.name, self.outputs[spec.name])
         context.set_device_memory(scratch.data_ptr(), scratch.numel())
-        check(context.execute_async_v3(device.stream), "the first launch")
+        loaded.check(context.execute_async_v3(device.stream), "the first launch")
         device.synchronize()
         self._check_capturable()
 

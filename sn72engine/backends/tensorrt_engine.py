@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sn72engine.backends.tensorrt_device import Device, device_target
 from sn72engine.backends.tensorrt_log import explain, make_logger
@@ -14,6 +14,9 @@ from sn72engine.cache_file import CacheFile
 from sn72engine.engine import Engine
 from sn72engine.errors import SessionError
 from sn72engine.spec import RuntimeOptions
+
+if TYPE_CHECKING:
+    import torch
 
 #: Value of ``shape_kernels`` -> member of ``DynamicShapesKernelSpecializationStrategy``.
 SHAPE_KERNELS = {"lazy": "LAZY", "eager": "EAGER", "none": "NONE"}
@@ -118,6 +121,31 @@ class LoadedEngine:
             )
         device.synchronize()  # what it copies must be there before other streams read it
         return context
+
+    def set_inputs(self, context: Any, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Give a context the shapes and addresses of all inputs, and let it work out the others.
+
+        Raises:
+            SessionError: TensorRT refuses one, or cannot tell a shape.
+        """
+        for name, tensor in inputs.items():
+            self.check(context.set_input_shape(name, tuple(tensor.shape)), f"shape of {name!r}")
+            self.check(context.set_tensor_address(name, tensor.data_ptr()), f"input {name!r}")
+        missing = context.infer_shapes()
+        if missing:
+            raise SessionError(f"TensorRT cannot work out shapes without {', '.join(missing)}")
+
+    def set_output(self, context: Any, name: str, tensor: torch.Tensor) -> None:
+        """Give a context the address of an output.
+
+        Raises:
+            SessionError: TensorRT refuses it.
+        """
+        self.check(context.set_tensor_address(name, tensor.data_ptr()), f"output {name!r}")
+
+    def nearest(self, inputs: Mapping[str, torch.Tensor]) -> int:
+        """Index of the profile for these inputs: see :func:`nearest`."""
+        return nearest(self.profiles, {name: tuple(t.shape) for name, t in inputs.items()})
 
     @property
     def streams(self) -> bool:

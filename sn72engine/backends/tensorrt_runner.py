@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sn72engine.backends.base import Array, DeviceMemory
 from sn72engine.backends.tensorrt_bound import BoundRun
 from sn72engine.backends.tensorrt_device import Device
-from sn72engine.backends.tensorrt_engine import LoadedEngine, nearest
+from sn72engine.backends.tensorrt_engine import LoadedEngine
 from sn72engine.engine import Engine
 from sn72engine.errors import SessionError
 from sn72engine.spec import RuntimeOptions
@@ -169,14 +169,9 @@ class TensorRTRunner:
         inputs: Mapping[str, Any],
         allocate: Callable[[str, tuple[int, ...], str], Any],
     ) -> dict[str, Any]:
-        profile = nearest(loaded.profiles, {n: tuple(t.shape) for n, t in inputs.items()})
+        profile = loaded.nearest(inputs)
         context, check = self._context(loaded, profile), loaded.check
-        for name, tensor in inputs.items():
-            check(context.set_input_shape(name, tuple(tensor.shape)), f"shape of {name!r}")
-            check(context.set_tensor_address(name, tensor.data_ptr()), f"input {name!r}")
-        missing = context.infer_shapes()
-        if missing:
-            raise SessionError(f"TensorRT cannot work out shapes without {', '.join(missing)}")
+        loaded.set_inputs(context, inputs)
         results, open_ended = {}, {}
         for spec in self.outputs:
             shape = tuple(context.get_tensor_shape(spec.name))
@@ -186,8 +181,7 @@ class TensorRTRunner:
                 check(context.set_output_allocator(spec.name, allocator), f"output {spec.name!r}")
                 continue
             results[spec.name] = allocate(spec.name, shape, spec.dtype)
-            address = results[spec.name].data_ptr()
-            check(context.set_tensor_address(spec.name, address), f"output {spec.name!r}")
+            loaded.set_output(context, spec.name, results[spec.name])
         self._give_scratch(loaded, profile, context)
         launched = context.execute_async_v3(self._device.stream)
         failures = [allocator.failure for allocator in open_ended.values() if allocator.failure]
