@@ -178,9 +178,7 @@ def test_no_module_of_the_backend_is_left_out() -> None:
     # The driver's side: it names nothing of the library.
     # Nor does the device code of the plugin.
     silent = {"backends/tensorrt_device.py", "backends/tensorrt_plugin_kernel.py"}
-    assert modules - silent == {
-        module for module in OWNERS if module.startswith("backends/")
-    }
+    assert modules - silent == {module for module in OWNERS if module.startswith("backends/")}
 
 
 @pytest.mark.skipif(not _deps.available("tensorrt_rtx"), reason="tensorrt_rtx is not installed")
