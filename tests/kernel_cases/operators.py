@@ -50,7 +50,7 @@ def examples() -> dict[str, list[tuple[Any, ...]]]:
     q, k, v = normal(3, 3, 37, 72), normal(3, 3, 41, 72), normal(3, 3, 41, 72)
     turned, shared = normal(3, 3, 17, 10), normal(3, 1, 17, 10)
     tables = (unit(3, 12, 10), unit(3, 12, 10))
-    images = torch.randint(0, 256, (3, 5, 6, 3), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 256, (3, 3, 4, 3), generator=generator, dtype=torch.uint8)
     colours = ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
     blocks, one = normal(3, 96), torch.ones(())
     fours = torch.randint(0, 256, (3, 48), generator=generator).to(torch.uint8)
@@ -86,7 +86,7 @@ def examples() -> dict[str, list[tuple[Any, ...]]]:
             (int8(5, 67), unit(5), int8(35, 67), unit(35), normal(35), "gelu", torch.float16),
             (x.to(FP8), one, normal(35, 67).to(FP8), one, None, "none", torch.bfloat16),
         ],
-        "preprocess": [(images, [6, 8], *colours, "pad", 1.0, "bilinear", torch.float16)],
+        "preprocess": [(images, [4, 6], *colours, "pad", 1.0, "bilinear", torch.float16)],
         "quantize_mxfp8": [(blocks,)],
         "quantize_nvfp4": [(blocks, one)],
         "quantize_static": [
