@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,10 +123,29 @@ def taps(images: torch.Tensor, where: Geometry, interpolation: str) -> tuple[Tap
     """
     _, h, w, _ = images.shape
     left, top, right, bottom = where.box
-    return (
-        axis_taps(w, left, right, where.width, interpolation, images.device),
-        axis_taps(h, top, bottom, where.height, interpolation, images.device),
-    )
+    across = axis_taps(w, left, right, where.width, interpolation, images.device)
+    down = axis_taps(h, top, bottom, where.height, interpolation, images.device)
+    _keep((across.first, across.weights, down.first, down.weights))
+    return across, down
+
+
+# What a captured graph reads: it holds addresses, not tensors, and lives as long as it likes.
+_captured: dict[int, torch.Tensor] = {}
+
+
+def _keep(weights: Sequence[torch.Tensor]) -> None:
+    """Let no memory of ``weights`` be used again before what is launched next is over.
+
+    They are dropped when many other geometries came by, perhaps while another stream reads them.
+    """
+    if not weights[0].is_cuda:
+        return
+    if torch.cuda.is_current_stream_capturing():
+        _captured.update((id(tensor), tensor) for tensor in weights)
+        return
+    stream = torch.cuda.current_stream(weights[0].device)
+    for tensor in weights:
+        tensor.record_stream(stream)
 
 
 @functools.lru_cache(maxsize=256)

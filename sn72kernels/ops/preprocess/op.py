@@ -124,7 +124,6 @@ def launch_preprocess(
     where = geometry.place((source_height, source_width), (height, width), fit, crop_fraction)
     across, down = geometry.taps(images, where, interpolation)
     weights = (across.first, across.weights, down.first, down.weights)
-    _keep(weights)
     (scale0, bias0), (scale1, bias1), (scale2, bias2) = reference.scale_and_bias(mean, std)
     config = PIXELS.config(images.device)
     tiles = -(-height // config.rows) * -(-width // config.cols)
@@ -139,25 +138,6 @@ def launch_preprocess(
         num_warps=config.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out
-
-
-# What a captured graph reads: it holds addresses, not tensors, and lives as long as it likes.
-_captured: dict[int, torch.Tensor] = {}
-
-
-def _keep(weights: Sequence[torch.Tensor]) -> None:
-    """Let no memory of ``weights`` be used again before the launch that follows is over.
-
-    They are dropped when many other geometries came by, perhaps while another stream reads them.
-    """
-    if not weights[0].is_cuda:
-        return
-    if torch.cuda.is_current_stream_capturing():
-        _captured.update((id(tensor), tensor) for tensor in weights)
-        return
-    stream = torch.cuda.current_stream(weights[0].device)
-    for tensor in weights:
-        tensor.record_stream(stream)
 
 
 # --- registration --------------------------------------------------------------------------

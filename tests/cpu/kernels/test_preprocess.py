@@ -140,16 +140,16 @@ def test_memory_of_weights_outlives_their_place_in_the_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A stream that reads them is noted; what a graph captured stays for good."""
-    monkeypatch.setattr(op, "_captured", {})
+    monkeypatch.setattr(geometry, "_captured", {})
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     weights = OnStream()
-    op._keep([weights])  # type: ignore[list-item]
-    assert (weights.streams, op._captured) == (["stream"], {})
+    geometry._keep([weights])  # type: ignore[list-item]
+    assert (weights.streams, geometry._captured) == (["stream"], {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    op._keep([weights])  # type: ignore[list-item]
-    op._keep([weights])  # type: ignore[list-item]
-    assert list(op._captured.values()) == [weights]
+    geometry._keep([weights])  # type: ignore[list-item]
+    geometry._keep([weights])  # type: ignore[list-item]
+    assert list(geometry._captured.values()) == [weights]
     assert weights.streams == ["stream"]
 
 
