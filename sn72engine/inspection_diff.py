@@ -1,0 +1,155 @@
+"""In what two inspected engines or ONNX files differ.
+
+Facts (sizes, precision, options, fingerprint, inputs and outputs) are compared one by one; layers
+by name, so that those that were added, taken away, or changed in type, precision, shape or weights
+are told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+#: Facts of a report that say where it came from or how long it took, not what it is.
+_INCIDENTAL = ("path", "created", "build_seconds", "key", "sha256", "layers", "layers_from")
+
+#: Facts of a layer that are compared.
+_LAYER_FACTS = ("op", "precision", "shape", "weight_bytes", "fused", "runs_on")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A fact that differs: its dotted name, and its values; None where one has none."""
+
+    name: str
+    a: Any
+    b: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {"name": self.name, "a": self.a, "b": self.b}
+
+
+@dataclass(frozen=True, slots=True)
+class InspectionDiff:
+    """What differs.
+
+    Attributes:
+        paths: of both.
+        facts: everything but layers.
+        added, removed: names of layers that only b, and only a, has.
+        changed: facts of layers that both have, named ``layer: fact``.
+        layers: how many a and b have.
+    """
+
+    paths: tuple[str, str]
+    facts: tuple[Change, ...]
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[Change, ...]
+    layers: tuple[int, int]
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return not (self.facts or self.added or self.removed or self.changed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "a": self.paths[0],
+            "b": self.paths[1],
+            "same": self.same,
+            "facts": [change.to_dict() for change in self.facts],
+            "layers": {
+                "a": self.layers[0],
+                "b": self.layers[1],
+                "added": list(self.added),
+                "removed": list(self.removed),
+                "changed": [change.to_dict() for change in self.changed],
+            },
+        }
+
+    def render(self, rows: int = 30) -> str:
+        """The differences as text, at most ``rows`` lines of a kind."""
+        lines = [f"a  {self.paths[0]}", f"b  {self.paths[1]}"]
+        if self.same:
+            return "\n".join([*lines, "no difference"])
+        lines += _some([f"  {c.name}: {_shown(c.a)} -> {_shown(c.b)}" for c in self.facts], rows)
+        lines.append(
+            f"layers: {self.layers[0]} -> {self.layers[1]}; {len(self.removed)} removed, "
+            f"{len(self.added)} added, {len({c.name.rpartition(': ')[0] for c in self.changed})} "
+            "changed"
+        )
+        lines += _some([f"  - {name}" for name in self.removed], rows)
+        lines += _some([f"  + {name}" for name in self.added], rows)
+        lines += _some(
+            [f"  ~ {c.name}: {_shown(c.a)} -> {_shown(c.b)}" for c in self.changed], rows
+        )
+        return "\n".join(lines)
+
+
+def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> InspectionDiff:
+    """Compare two reports of :mod:`sn72engine.inspection`, of whatever kind each is."""
+    before, after = _flat(_identity(a)), _flat(_identity(b))
+    facts = tuple(
+        Change(name, before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    )
+    old = {layer["name"]: layer for layer in a.get("layers", ())}
+    new = {layer["name"]: layer for layer in b.get("layers", ())}
+    changed = tuple(
+        Change(f"{name}: {fact}", old[name][fact], new[name][fact])
+        for name in old
+        if name in new
+        for fact in _LAYER_FACTS
+        if old[name][fact] != new[name][fact]
+    )
+    return InspectionDiff(
+        paths=(str(a["path"]), str(b["path"])),
+        facts=facts,
+        added=tuple(name for name in new if name not in old),
+        removed=tuple(name for name in old if name not in new),
+        changed=changed,
+        layers=(len(old), len(new)),
+    )
+
+
+def _identity(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report without what is incidental; tensors by name, so that their order does not count."""
+    kept: dict[str, Any] = {}
+    for name, value in report.items():
+        if name in _INCIDENTAL:
+            continue
+        if name in ("inputs", "outputs"):
+            kept[name] = {t["name"]: f"{t['dtype']}{t['shape']}" for t in value}
+        elif name == "files":
+            kept[name] = {file["name"]: {"bytes": file["bytes"]} for file in value}
+        elif isinstance(value, Mapping):
+            kept[name] = _identity(value)
+        else:
+            kept[name] = value
+    # The manifest repeats nothing but stands one level down in an engine's report.
+    return {**kept, **kept.pop("manifest", {})}
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{above}{name}.")
+        else:
+            flat[f"{above}{name}"] = value
+    return flat
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _some(lines: list[str], most: int) -> list[str]:
+    return lines if len(lines) <= most else [*lines[:most], f"  ({len(lines) - most} more)"]
