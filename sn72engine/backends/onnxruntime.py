@@ -42,6 +42,10 @@ _ADVICE = (
         "the file's operator set is newer than this ONNX Runtime: export with a lower opset",
     ),
     (
+        r"tensor\(bfloat16\)",
+        "bfloat16 files are for GPUs: export the model in float32 for this backend",
+    ),
+    (
         r"NOT_IMPLEMENTED|Could not find an implementation|is not a registered function/op",
         "an operator has no kernel here: export without it, or choose another backend",
     ),

@@ -113,6 +113,17 @@ def test_one_file_for_cards_that_all_have_the_type(
         build(models["fp8"], options("fp8", "sm_86,sm_89"), store=store)
 
 
+def test_bfloat16_is_not_for_onnx_runtime_on_a_cpu(
+    models: dict[Precision, OnnxModel], tmp_path: Path
+) -> None:
+    with pytest.raises(BuildError, match=r"[Bb]float16 files are for GPUs: export .* float32"):
+        build(
+            models["bf16"],
+            BuildOptions(precision="bf16", batch=BATCH),
+            store=Store(tmp_path / "store"),
+        )
+
+
 def test_a_float16_file_with_float32_inputs_is_taken_for_what_it_is(
     models: dict[Precision, OnnxModel], tmp_path: Path
 ) -> None:
