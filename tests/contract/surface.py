@@ -50,6 +50,11 @@ OWNERS: dict[str, dict[str, str]] = {
         "wanted": "ISerializationConfig",
     },
     "backends/tensorrt_runner.py": {"context": "IExecutionContext"},
+    "introspection/tensorrt.py": {
+        "_engine": "ICudaEngine",
+        "context": "IExecutionContext",
+        "inspector": "EngineInspector",
+    },
 }
 
 #: What exists in one library only, and is used for that one only.
@@ -141,7 +146,7 @@ def uses() -> list[Use]:
 
 def subclasses() -> Iterator[tuple[str, ast.ClassDef]]:
     """Classes of the source that derive from one of the library, with its name."""
-    for module in OWNERS:
+    for module in modules():
         for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
             if isinstance(node, ast.ClassDef):
                 for base in node.bases:

@@ -153,6 +153,7 @@ def test_the_walk_sees_the_calls_that_matter() -> None:
     seen = {use.path for use in USES}
     for path in (
         "Builder.build_serialized_network",
+        "EngineInspector.get_engine_information",
         "IBuilderConfig.set_compute_capability",
         "IBuilderConfig.create_timing_cache",
         "ICudaEngine.create_execution_context",
