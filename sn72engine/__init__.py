@@ -32,11 +32,15 @@ if TYPE_CHECKING:
     from sn72engine.cascade.result import Status as Status
     from sn72engine.cascade.spec import CascadeSpec as CascadeSpec
     from sn72engine.cascade.spec import StageSpec as StageSpec
+    from sn72engine.divergence import CompareOptions as CompareOptions
+    from sn72engine.divergence import compare as compare
     from sn72engine.engine import Engine as Engine
     from sn72engine.engine import Manifest as Manifest
     from sn72engine.exporter import export as export
     from sn72engine.latency import bench as bench
     from sn72engine.latency import interleave as interleave
+    from sn72engine.layer_profile import ProfileOptions as ProfileOptions
+    from sn72engine.layer_profile import profile as profile
     from sn72engine.metrics import Metrics as Metrics
     from sn72engine.miner import RoadworkDetector as RoadworkDetector
     from sn72engine.model import OnnxModel as OnnxModel
@@ -64,6 +68,7 @@ if TYPE_CHECKING:
     from sn72engine.swap import Swappable as Swappable
     from sn72engine.thresholds import ThresholdOptions as ThresholdOptions
     from sn72engine.thresholds import choose as choose
+    from sn72engine.trace import TraceRecorder as TraceRecorder
     from sn72engine.verifier import verify as verify
 
 __version__ = "0.1.0"
@@ -76,6 +81,7 @@ _EXPORTS = {
     "CalibrationOptions": "spec",
     "Cascade": "cascade",
     "CascadeSpec": "cascade.spec",
+    "CompareOptions": "divergence",
     "Engine": "engine",
     "ExportOptions": "spec",
     "Manifest": "engine",
@@ -83,6 +89,7 @@ _EXPORTS = {
     "MicroBatcher": "batching",
     "OnnxModel": "model",
     "Preprocess": "spec",
+    "ProfileOptions": "layer_profile",
     "QuantizeOptions": "spec",
     "Result": "cascade.result",
     "RoadworkDetector": "miner",
@@ -99,16 +106,19 @@ _EXPORTS = {
     "Swappable": "swap",
     "TensorRTOptions": "spec",
     "ThresholdOptions": "thresholds",
+    "TraceRecorder": "trace",
     "VerifyOptions": "spec",
     "batches": "calibration",
     "bench": "latency",
     "build": "builder",
     "choose": "thresholds",
+    "compare": "divergence",
     "export": "exporter",
     "interleave": "latency",
     "labelled": "calibration",
     "load": "session",
     "preprocess": "preprocessing",
+    "profile": "layer_profile",
     "quantize": "quantizer",
     "refit": "refitter",
     "select": "selection",
