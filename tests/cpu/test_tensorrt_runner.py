@@ -19,18 +19,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sn72engine import fingerprint
+from sn72engine import _deps, fingerprint
 from sn72engine.backends import get_backend, tensorrt, tensorrt_engine, tensorrt_runner
 from sn72engine.backends.base import DeviceMemory
 from sn72engine.backends.tensorrt import TensorRTBackend
-from sn72engine.backends.tensorrt_engine import Profile, nearest
+from sn72engine.backends.tensorrt_device import device_target
+from sn72engine.backends.tensorrt_engine import LoadedEngine, Profile, nearest
+from sn72engine.builder import build
 from sn72engine.engine import Engine, EngineFile, Manifest
 from sn72engine.errors import InputError, SessionError
 from sn72engine.model import TensorSpec
 from sn72engine.pool import SessionPool
 from sn72engine.session import Session
 from sn72engine.spec import BuildOptions, RuntimeOptions, ShapeRange, TensorRTOptions
-from tests import fake_tensorrt
+from sn72engine.store import Store
+from tests import fake_tensorrt, tiny_models
 from tests.contract.surface import surfaces
 from tests.fake_tensorrt import Arrays, HostDevice, Library, Plan
 
@@ -360,6 +363,20 @@ def test_a_file_that_is_no_engine(opened: Opened, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Plan, "to_bytes", lambda self: b"something else")
     with pytest.raises(SessionError, match=r"model\.engine cannot be loaded: .*bad magic number"):
         opened(plan())
+
+
+@pytest.mark.skipif(not _deps.available("tensorrt_rtx"), reason="tensorrt_rtx is not installed")
+@pytest.mark.skipif(device_target() is not None, reason="checks what is said without a card")
+def test_the_real_library_says_that_there_is_no_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SN72_CACHE_DIR", str(tmp_path / "cache"))
+    options = BuildOptions(backend="tensorrt_rtx", target="sm_89", precision="fp16")
+    model = tiny_models.linear(tmp_path / "m.onnx")
+    engine = build(model, options, store=Store(tmp_path / "store"))
+    trt = _deps.require("tensorrt_rtx", purpose="test")
+    with pytest.raises(SessionError, match=r"cannot be loaded: no CUDA device .*cudaError 35"):
+        LoadedEngine(trt, engine, HostDevice(0), RuntimeOptions())  # type: ignore[arg-type]
 
 
 def test_other_tensors_than_the_manifest_declares(opened: Opened) -> None:
