@@ -62,6 +62,9 @@ Search = Literal["all", "bisect"]
 TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-2}
 _COARSE = 0.3
 
+#: Backends that run an ONNX file with any of its tensors marked as outputs.
+BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
+
 #: Bytes that a tensor of unknown shape is taken to have.
 _UNKNOWN_BYTES = 8 << 20
 
@@ -100,8 +103,8 @@ class CompareOptions(Options):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("backend", self.backend, BackendName)
-        check_choice("other_backend", self.other_backend, BackendName)
+        check_choice("backend", self.backend, BACKENDS)
+        check_choice("other_backend", self.other_backend, BACKENDS)
         check_choice("search", self.search, Search)
         if self.max_relative_error is not None:
             check_number("max_relative_error", self.max_relative_error, 0.0)

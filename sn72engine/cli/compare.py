@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from sn72engine.cli.inspect import subject_path
 from sn72engine.cli.outcome import Outcome
-from sn72engine.divergence import CompareOptions
+from sn72engine.divergence import BACKENDS, CompareOptions
 from sn72engine.errors import OptionError
-from sn72engine.spec import BackendName, CalibrationOptions, Preprocess, RuntimeOptions
+from sn72engine.spec import CalibrationOptions, Preprocess, RuntimeOptions
 
 SUMMARY = "find the first layer where two engines or ONNX files part, given the same inputs"
 EXAMPLES = """\
@@ -32,13 +32,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=defaults.batch, help="samples per call")
     parser.add_argument(
         "--backend",
-        choices=get_args(BackendName),
+        choices=BACKENDS,
         default=defaults.backend,
         help=f"what runs a, where it is an ONNX file; default {defaults.backend}",
     )
     parser.add_argument(
         "--other-backend",
-        choices=get_args(BackendName),
+        choices=BACKENDS,
         default=defaults.other_backend,
         help="the same for b",
     )
@@ -59,7 +59,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--rows", type=int, default=40, help="most layers to list; default 40")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the error of each layer")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the error through the depth")
 
 
 def execute(options: argparse.Namespace) -> Outcome:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sn72engine.errors import SessionError
 from sn72engine.introspection.layer import Layer as Layer
 from sn72engine.introspection.layer import TimedRun as TimedRun
+from sn72engine.spec import TENSORRT_BACKENDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,7 +46,7 @@ def timed_runs(
 
 
 def _module(engine: Engine) -> Any:
-    name = engine.manifest.backend
+    name: str = engine.manifest.backend
     if name == "onnxruntime":
         from sn72engine.introspection import onnxruntime
 
@@ -53,6 +55,8 @@ def _module(engine: Engine) -> Any:
         from sn72engine.introspection import openvino
 
         return openvino
-    from sn72engine.introspection import tensorrt
+    if name in TENSORRT_BACKENDS:
+        from sn72engine.introspection import tensorrt
 
-    return tensorrt
+        return tensorrt
+    raise SessionError(f"engines of {name} do not tell their layers")
