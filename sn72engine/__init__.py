@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from sn72engine.cascade.result import Status as Status
     from sn72engine.cascade.spec import CascadeSpec as CascadeSpec
     from sn72engine.cascade.spec import StageSpec as StageSpec
+    from sn72engine.checkpoint import Checkpoint as Checkpoint
+    from sn72engine.checkpoint import CheckpointOptions as CheckpointOptions
+    from sn72engine.checkpoint import export_checkpoint as export_checkpoint
     from sn72engine.divergence import CompareOptions as CompareOptions
     from sn72engine.divergence import compare as compare
     from sn72engine.engine import Engine as Engine
@@ -82,6 +85,8 @@ _EXPORTS = {
     "Cascade": "cascade",
     "CascadeSpec": "cascade.spec",
     "CompareOptions": "divergence",
+    "Checkpoint": "checkpoint",
+    "CheckpointOptions": "checkpoint",
     "Engine": "engine",
     "ExportOptions": "spec",
     "Manifest": "engine",
@@ -114,6 +119,7 @@ _EXPORTS = {
     "choose": "thresholds",
     "compare": "divergence",
     "export": "exporter",
+    "export_checkpoint": "checkpoint",
     "interleave": "latency",
     "labelled": "calibration",
     "load": "session",
