@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from sn72engine.cascade.result import Result, Status
 from sn72engine.cascade.route import ESCALATE, POSITIVE
 from sn72engine.cascade.spec import Combine
+from sn72engine.cuda.layout import NO_STAGE, Code
 from sn72engine.errors import CascadeError
 
 Indices = NDArray[np.intp]
@@ -34,6 +35,8 @@ Floats = NDArray[np.float32]
 UNKNOWN = np.float32(0.5)
 
 _PENDING, _UNDECIDED, _DONE, _DEADLINE, _FAILED = range(5)
+#: By ``cuda.layout.Code``.
+_STATUS_OF_CODE = np.array([_PENDING, _DONE, _UNDECIDED, _DEADLINE, _FAILED], np.uint8)
 _STATUS = {
     _PENDING: Status.UNDECIDED,  # in a snapshot only
     _UNDECIDED: Status.UNDECIDED,
@@ -61,6 +64,11 @@ class Tally:
     def open(self, flagged: NDArray[np.bool_] | None = None) -> Indices:
         """Positions of the open samples, of those ``flagged`` where that is given, in order."""
         return np.flatnonzero(self._open if flagged is None else self._open & flagged)
+
+    def is_open(self, index: Indices) -> NDArray[np.bool_]:
+        """Which of the samples at these positions are still open."""
+        is_open: NDArray[np.bool_] = self._open[index]
+        return is_open
 
     def add(
         self, index: Indices, scores: Floats, stage: int, combine: Combine, weight: float
@@ -118,6 +126,33 @@ class Tally:
         self._errors[position] = error
         if final:
             self._open[position] = False
+
+    def load(self, index: Indices, samples: NDArray[Any], names: Sequence[str]) -> None:
+        """Take over what the GPU knows, in place of what is known here.
+
+        Args:
+            index: positions of the samples.
+            samples: one ``SAMPLE`` of :mod:`sn72engine.cuda.layout` per position.
+            names: of the stages, by number.
+
+        Raises:
+            CascadeError: these are no samples, which is a bug of the executor.
+        """
+        if (samples["status"] >= len(_STATUS_OF_CODE)).any():
+            raise CascadeError(f"the GPU has not answered samples {index}; please report this")
+        self._sum[index], self._weight[index] = samples["sum"], samples["weight"]
+        self._floor[index], self._route[index] = samples["floor"], samples["route"]
+        for numbers, field in ((self._voter, "voter"), (self._raiser, "raiser")):
+            number = samples[field].astype(np.int32)
+            numbers[index] = np.where(number == NO_STAGE, -1, number)
+        # A sample that no stage has been asked about fails at the end, and not before.
+        unasked = (samples["stage"] == NO_STAGE) & (samples["failed"] == 0)
+        status = np.where(unasked & (samples["status"] == Code.STAGE_FAILED), 0, samples["status"])
+        self._status[index] = _STATUS_OF_CODE[status]
+        self._open[index] = samples["open"] != 0
+        for at in np.flatnonzero(status == Code.STAGE_FAILED).tolist():
+            stage = names[int(samples["failed"][at]).bit_length() - 1]
+            self._errors[int(index[at])] = f"{stage}: the score is no probability"
 
     def results(
         self, names: Sequence[str], decision_threshold: float, *, top1: bool

@@ -1,0 +1,374 @@
+"""Runs the first stages of a cascade as CUDA graphs, and the others as the CPU executor does.
+
+A request is cut into batches of at most ``max_batch`` samples. A batch takes a lane, its images are
+decoded and made into rows in the lane's pinned memory, the captured stages run, and the lane's
+answers go into the same tally that the CPU executor fills. What is still open then goes through
+the other stages, if there are any. While the GPU works on a batch, the next one is made ready in
+another lane, if one is free.
+
+Where the answers differ from the CPU executor's, which is otherwise the definition:
+
+- A deadline is looked at between stages, by the GPU's clock. A stage under way is not left behind:
+  its scores count, and a call may outlast its deadline by as long as one stage takes. Decoding is
+  not cut short either.
+- A request larger than ``max_batch`` is answered batch by batch: late batches may have no score.
+- A score that is no probability is known to be one, but not its value.
+- Probabilities from logits may differ in the last places, as ``csrc/README.md`` says.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sn72engine.cascade.executor import CpuExecutor, Request
+from sn72engine.cascade.lane import Lane
+from sn72engine.cascade.report import StageCounts
+from sn72engine.cascade.result import Result
+from sn72engine.cascade.route import NEGATIVE, POSITIVE
+from sn72engine.cascade.spec import ALWAYS, CascadeSpec
+from sn72engine.cascade.tally import Indices, Tally
+from sn72engine.cuda.layout import NO_STAGE, Code
+from sn72engine.errors import CascadeError, CudaUnavailableError, ImageError
+from sn72engine.nvtx import span
+
+log = logging.getLogger("sn72engine.cascade")
+
+#: Nanoseconds that stand for no deadline.
+_UNLIMITED = 1 << 62
+
+
+class Launches(Protocol):
+    """How the captured stages of a lane are launched: ``host.py`` or ``device.py``."""
+
+    def start(self, rows: int) -> None:
+        """Begin a batch of up to ``rows`` samples, whose rows are being uploaded."""
+        ...
+
+    def finish(self, between: Callable[[], None] | None) -> NDArray[Any]:
+        """Wait for the answers; what each boundary decided. May call ``between`` at boundaries."""
+        ...
+
+    def close(self) -> None:
+        """Release the graphs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A batch on the GPU.
+
+    ``marks`` has a row per captured stage: which samples of the batch it applies to; ``unreadable``
+    the rows whose image could not be decoded, with the reason.
+    """
+
+    lane: Lane
+    launches: Launches
+    positions: Indices
+    marks: NDArray[np.bool_]
+    unreadable: dict[int, str]
+    budget_ns: int
+    rows: int
+
+    @property
+    def readable(self) -> NDArray[np.intp]:
+        """Rows whose image could be decoded."""
+        return np.delete(np.arange(len(self.positions)), [*self.unreadable])
+
+
+class GraphExecutor:
+    """Runs requests from any number of threads; as many batches at a time as there are lanes.
+
+    Args:
+        spec: of the cascade.
+        lanes: each with its launches; all of them capture the same stages.
+        cpu: runs the stages that are not captured, and everything once the GPU has failed.
+        release: called when nothing uses the lanes any more.
+    """
+
+    def __init__(
+        self,
+        spec: CascadeSpec,
+        lanes: Sequence[tuple[Lane, Launches]],
+        cpu: CpuExecutor,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._spec = spec
+        self._names = tuple(stage.name for stage in spec.stages)
+        self._captured = len(lanes[0][0].stages)
+        self._capacity = lanes[0][0].capacity
+        self._count = len(lanes)
+        self._free: queue.LifoQueue[tuple[Lane, Launches]] = queue.LifoQueue()
+        for lane in lanes:
+            self._free.put(lane)
+        self._loaders = {s.offer.rows: s.offer.load for s in reversed(lanes[0][0].stages)}
+        self._cpu = cpu
+        self._release = release
+        self._lock = threading.Lock()
+        self._closed = False
+        #: Why the GPU is no longer used; empty while it is.
+        self.failure = ""
+
+    def run(self, request: Request) -> tuple[list[Result], list[StageCounts]]:
+        """Answer every sample of a request.
+
+        Raises:
+            CascadeError: a sample was left without a status, which is a bug; or the executor has
+                been closed.
+        """
+        if self._closed:
+            raise CascadeError("the cascade has been closed")
+        if self.failure:
+            return self._cpu.run(request)
+        spec = self._spec
+        tally = Tally(len(request.samples))
+        counts = [StageCounts() for _ in spec.stages]
+        try:
+            self._run_captured(request, tally, counts)
+        except CudaUnavailableError as error:
+            # A lane that fails is not given back: what it was doing may still be going on.
+            self.failure = str(error)
+            log.exception("the GPU failed; stages run on the host from now on")
+            return self._cpu.run(request)
+        everyone = np.arange(len(request.samples))
+        request.samples.drop(everyone[~tally.is_open(everyone)])
+        if self._captured < len(spec.stages):
+            if request.progress is not None:
+                known = tally.snapshot(self._names, spec.decision_threshold, top1=spec.top1)
+                request.progress(*known)
+            self._cpu.run_from(self._captured, request, tally, counts)
+        return tally.results(self._names, spec.decision_threshold, top1=spec.top1), counts
+
+    def close(self, patience: float) -> tuple[bool, ...]:
+        """Take no more work; for each stage, whether it is idle and so may be closed."""
+        self._closed = True
+        # A GPU that failed keeps the lanes that it had.
+        until = time.monotonic() + (0.0 if self.failure else patience)
+        taken = [one for _ in range(self._count) if (one := self._lane(until)) is not None]
+        idle = len(taken) == self._count
+        if idle:
+            for lane, launches in taken:
+                lane.driver.enter()
+                launches.close()
+                lane.close()
+            self._count = 0
+            self._release()
+        rest = self._cpu.close(patience)
+        return tuple(free and (idle or at >= self._captured) for at, free in enumerate(rest))
+
+    def _run_captured(self, request: Request, tally: Tally, counts: Sequence[StageCounts]) -> None:
+        marks = self._marks(request)
+        positions = np.flatnonzero(marks.any(axis=0))
+        pending: list[_Flight] = []
+        try:
+            for start in range(0, len(positions), self._capacity):
+                batch = positions[start : start + self._capacity]
+                lane = self._lane(-math.inf if pending else request.until)
+                if lane is None and pending:  # never wait for a second lane while holding one
+                    self._finish(pending[0], request, tally, counts)
+                    pending.clear()
+                    lane = self._lane(request.until)
+                if lane is not None:
+                    flight = self._start(*lane, batch, marks[:, batch], request, counts)
+                if lane is None or flight is None:
+                    self._late(batch, marks, tally, counts)
+                    continue
+                pending.append(flight)
+                if len(pending) > 1:
+                    self._finish(pending[0], request, tally, counts)
+                    del pending[0]
+            for flight in pending:
+                self._finish(flight, request, tally, counts)
+            pending.clear()
+        except CudaUnavailableError:
+            raise
+        except BaseException:
+            for flight in pending:
+                flight.lane.settle()
+                self._free.put((flight.lane, flight.launches))
+            raise
+
+    def _marks(self, request: Request) -> NDArray[np.bool_]:
+        """Which samples each captured stage applies to, shape (stages, samples)."""
+        marks = np.ones((self._captured, len(request.samples)), bool)
+        for mark, stage in zip(marks, self._spec.stages, strict=False):
+            if stage.when != ALWAYS:
+                mark[:] = request.flags[stage.when]
+        return marks
+
+    def _lane(self, until: float) -> tuple[Lane, Launches] | None:
+        """A free lane; None if there is none before ``until``, a time of ``time.monotonic()``."""
+        if math.isinf(until) and until > 0:
+            return self._free.get()
+        try:
+            wait = min(until - time.monotonic(), threading.TIMEOUT_MAX)
+            return self._free.get(block=wait > 0, timeout=max(wait, 0.0))
+        except queue.Empty:
+            return None
+
+    def _start(
+        self,
+        lane: Lane,
+        launches: Launches,
+        positions: Indices,
+        marks: NDArray[np.bool_],
+        request: Request,
+        counts: Sequence[StageCounts],
+    ) -> _Flight | None:
+        """Decode, upload and launch a batch; None, with the lane given back, if it is too late."""
+        begin = time.perf_counter()
+        try:
+            unreadable = self._load(lane, positions, request)
+        except BaseException:
+            self._free.put((lane, launches))
+            raise
+        counts[0].decode_seconds += time.perf_counter() - begin
+        left = request.until - time.monotonic()
+        if left <= 0:
+            self._free.put((lane, launches))
+            return None
+        count, parameters = len(positions), lane.parameters
+        visible = marks.copy()
+        visible[:, [*unreadable]] = False
+        budget_ns = _UNLIMITED if math.isinf(left) else min(int(left * 1e9), _UNLIMITED)
+        parameters["batch"], parameters["budget_ns"] = count, budget_ns
+        parameters["scored"][:count] = np.where(visible[0], 0, NO_STAGE)
+        parameters["eligible"][: self._captured - 1, :count] = visible[1:]
+        for at in range(self._captured):
+            for name, bound in zip(("low", "high"), request.bounds[at], strict=True):
+                parameters[name][at, :count] = bound if bound.ndim == 0 else bound[positions]
+        rows = next(bucket for bucket in lane.stages[0].buckets if bucket >= count)
+        lane.driver.enter()
+        lane.upload(count)
+        launches.start(rows)
+        return _Flight(lane, launches, positions, marks, unreadable, budget_ns, rows)
+
+    def _load(self, lane: Lane, positions: Indices, request: Request) -> dict[int, str]:
+        """Make the images into rows; those that cannot be, with the reason."""
+        unreadable: dict[int, str] = {}
+        with span("decode"):
+            for row, position in enumerate(positions.tolist()):
+                try:
+                    image = request.samples.get(position)
+                    for rows, view in lane.sources.items():
+                        self._loaders[rows](image, view[row])
+                except Exception as error:  # one bad image must not take the others with it
+                    known = isinstance(error, ImageError)
+                    unreadable[row] = str(error) if known else f"{type(error).__name__}: {error}"
+        return unreadable
+
+    def _finish(
+        self, flight: _Flight, request: Request, tally: Tally, counts: Sequence[StageCounts]
+    ) -> None:
+        """Wait for a batch, take its answers over and give its lane back."""
+        lane = flight.lane
+
+        def tell() -> None:
+            self._take(flight, tally)
+            known = tally.snapshot(self._names, self._spec.decision_threshold, top1=self._spec.top1)
+            assert request.progress is not None
+            request.progress(*known)
+
+        lane.driver.enter()
+        with span("captured stages"):
+            controls = flight.launches.finish(None if request.progress is None else tell)
+        samples = self._take(flight, tally)
+        self._take_unreadable(flight, controls, tally, counts)
+        for control in controls[:-1]:
+            if control["count"] and not control["rows"]:
+                raise CascadeError(
+                    f"no bucket holds {control['count']} samples; please report this"
+                )
+        self._add_counts(flight, samples, controls, counts)
+        self._free.put((lane, flight.launches))
+
+    def _take(self, flight: _Flight, tally: Tally) -> NDArray[Any]:
+        """The lane's answers into the tally; returns those of the readable samples."""
+        answers, rows = flight.lane.answers, flight.readable
+        positions = flight.positions[rows]
+        samples: NDArray[Any] = answers["samples"][rows]
+        tally.load(positions, samples, self._names)
+        if self._spec.top1:
+            scored = samples["stage"] != NO_STAGE
+            tally.label(positions[scored], answers["labels"][rows[scored]])
+        return samples
+
+    def _take_unreadable(
+        self,
+        flight: _Flight,
+        controls: NDArray[Any],
+        tally: Tally,
+        counts: Sequence[StageCounts],
+    ) -> None:
+        """End the samples without an image at the first stage that would have seen them."""
+        for row, error in flight.unreadable.items():
+            position = int(flight.positions[row])
+            at = int(flight.marks[:, row].argmax())
+            counts[at].asked += 1
+            if at and int(controls[at - 1]["elapsed_us"]) * 1000 >= flight.budget_ns:
+                tally.late(np.array([position]))
+                counts[at].late += 1
+            else:
+                tally.fail(position, error, final=True)
+                counts[at].failed += 1
+                log.warning("sample %d: %s", position, error)
+
+    def _add_counts(
+        self,
+        flight: _Flight,
+        samples: NDArray[Any],
+        controls: NDArray[Any],
+        counts: Sequence[StageCounts],
+    ) -> None:
+        """What each captured stage did, from the samples and the boundaries."""
+        asked = int(flight.marks[0, flight.readable].sum())
+        padded, before = flight.rows - asked, 0
+        for at, control in enumerate(controls):
+            count = counts[at]
+            closed = samples[samples["closed"] == at]
+            negative = int(np.count_nonzero(closed["route"] == NEGATIVE))
+            positive = int(np.count_nonzero(closed["route"] == POSITIVE))
+            failed = int(np.count_nonzero(samples["failed"] >> at & 1))
+            count.calls += padded + asked > 0
+            count.asked += asked
+            count.negative += negative
+            count.positive += positive
+            count.failed += failed
+            count.escalated += asked - negative - positive - failed
+            count.padded += padded
+            elapsed = int(control["elapsed_us"])
+            if elapsed:  # a boundary that was not run has no time
+                count.seconds += (elapsed - before) % (1 << 32) * 1e-6
+                before = elapsed
+            if at + 1 < len(counts):
+                late = int(np.count_nonzero(closed["status"] == Code.DEADLINE))
+                counts[at + 1].asked += late
+                counts[at + 1].late += late
+                if late:
+                    log.warning("stage %s: time ran out for %d samples", self._names[at + 1], late)
+            asked, padded = int(control["count"]), int(control["rows"] - control["count"])
+
+    def _late(
+        self,
+        batch: Indices,
+        marks: NDArray[np.bool_],
+        tally: Tally,
+        counts: Sequence[StageCounts],
+    ) -> None:
+        """Time ran out before the batch could begin."""
+        for at in range(self._captured):
+            late = batch[marks[at, batch] & tally.is_open(batch)]
+            if late.size:
+                log.warning("stage %s: time ran out for %d samples", self._names[at], late.size)
+                tally.late(late)
+                counts[at].asked += late.size
+                counts[at].late += late.size

@@ -1,0 +1,80 @@
+"""``host``: a batch is one graph launch per stage; the host reads each decision in between.
+
+The decision is 16 bytes. The answers follow it on the same stream, so that they are there already
+when the host sees that no sample goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sn72engine.cascade.lane import Lane
+from sn72engine.cascade.spec import ALWAYS
+from sn72engine.cascade.wiring import first_graph, next_graph, skip_graph
+from sn72engine.cuda.layout import CONTROL
+
+
+class HostLaunches:
+    """The graphs of a lane: one for each stage and number of rows, and one to pass a stage by."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._first = {rows: first_graph(lane, rows) for rows in lane.stages[0].buckets}
+        #: By position of the stage and number of rows, 0 for none.
+        self._next: dict[tuple[int, int], int] = {}
+        for at, stage in enumerate(lane.stages[1:], 1):
+            self._next[at, 0] = skip_graph(lane, at)
+            for rows in stage.buckets:
+                self._next[at, rows] = next_graph(lane, at, rows)
+
+    def start(self, rows: int) -> None:
+        """Launch the first stage on what has been uploaded."""
+        self._launch(self._first[rows])
+
+    def finish(self, between: Callable[[], None] | None) -> NDArray[Any]:
+        """Launch the other stages as the decisions come in, and wait for the answers.
+
+        Args:
+            between: called after every stage but the last, with the answers so far in the lane.
+
+        Returns:
+            What each boundary decided, ``CONTROL`` per captured stage.
+        """
+        lane, driver = self._lane, self._lane.driver
+        controls = np.zeros(len(lane.stages), CONTROL)
+        for at in range(len(lane.stages)):
+            driver.wait(lane.decided)
+            control = controls[at] = lane.answers["controls"][at]
+            following = lane.stages[at + 1 :]
+            if between is not None and following:
+                driver.wait(lane.answered)
+                between()
+            if not following or self._nobody_left(at, int(control["count"])):
+                break
+            self._launch(self._next[at + 1, int(control["rows"])])
+        driver.wait(lane.answered)
+        return controls
+
+    def close(self) -> None:
+        """Release the graphs."""
+        for graph in (*self._first.values(), *self._next.values()):
+            self._lane.driver.destroy_executable(graph)
+        self._first.clear()
+        self._next.clear()
+
+    def _nobody_left(self, at: int, count: int) -> bool:
+        """Whether no later stage has work: one with a trigger may want what the next one skips."""
+        return count == 0 and all(s.spec.when == ALWAYS for s in self._lane.stages[at + 1 :])
+
+    def _launch(self, graph: int) -> None:
+        lane, driver = self._lane, self._lane.driver
+        driver.launch_graph(graph, lane.stream)
+        driver.record(lane.decided, lane.stream)
+        driver.copy(
+            lane.pinned("answers"), lane.device("answers"), lane.size("answers"), lane.stream
+        )
+        driver.record(lane.answered, lane.stream)

@@ -1,0 +1,622 @@
+"""The graph executors on the simulated driver, which runs the real kernels on host memory.
+
+Every answer is held against the oracle of tests/oracle.py, and so, through its own test, against
+the CPU executor's, exactly. What the simulated driver itself checks is listed in its module.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import itertools
+import logging
+import math
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sn72engine.cascade import executor, graphed, wiring, worker
+from sn72engine.cascade.device import DeviceLaunches
+from sn72engine.cascade.executor import CpuExecutor, Request, Samples
+from sn72engine.cascade.graphed import GraphExecutor
+from sn72engine.cascade.host import HostLaunches
+from sn72engine.cascade.lane import CapturedStage, Lane
+from sn72engine.cascade.report import StageCounts
+from sn72engine.cascade.result import Result, Status
+from sn72engine.cascade.spec import CascadeSpec, StageSpec
+from sn72engine.cuda import layout
+from sn72engine.cuda.api import NodeKind
+from sn72engine.errors import CascadeError, CudaUnavailableError, ImageError
+from sn72engine.graphs import GraphStore
+from sn72engine.stages.base import StageScores
+from sn72engine.stages.capture import Rows
+from tests.cpu.simulated_cuda import (
+    ColumnOffer,
+    SimulatedCapturer,
+    SimulatedCuda,
+    compile_kernels,
+    conditionals,
+)
+from tests.oracle import Case, answers, expected, random_case
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+LAUNCHES = {"host": HostLaunches, "device": DeviceLaunches}
+
+
+class Clock:
+    """Stands for the module ``time`` in the executors: time passes when the test says so."""
+
+    perf_counter = staticmethod(time.perf_counter)
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (executor, worker, graphed):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "sn72engine.cascade")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compile_kernels(tmp_path_factory.mktemp("kernels") / "kernels.so")
+
+
+class ColumnStage:
+    """The same stage for the CPU executor: its score is a column of the image."""
+
+    needs = None
+
+    def __init__(self, column: int, label: int | None = None) -> None:
+        self._column, self._label = column, label
+
+    def prepare(self) -> None:
+        pass
+
+    def score(self, images: Sequence[Any]) -> StageScores:
+        rows = np.stack(images)
+        if self._label is None:
+            return StageScores(rows[:, self._column])
+        labels = np.nan_to_num(rows[:, self._label]).astype(np.int64)
+        return StageScores(rows[:, self._column], labels)
+
+    def close(self) -> None:
+        pass
+
+
+class Cpu(CpuExecutor):
+    """Says at which stage the host goes on by itself."""
+
+    resumed = 0
+
+    def run_from(self, first: int, *rest: Any) -> None:
+        self.resumed = first
+        super().run_from(first, *rest)
+
+
+def default_buckets(capacity: int) -> tuple[int, ...]:
+    return tuple(sorted({b for b in (1, 2, 4, 8, 16) if b < capacity} | {capacity}))
+
+
+class Rig:
+    """A graph executor on a simulated GPU.
+
+    Args:
+        library: the kernels.
+        mode: ``host`` or ``device``.
+        spec: of the cascade; the stages before the first parallel group are captured.
+        width: columns of a sample: one per stage, then one per stage for its label.
+        lanes: how many.
+        rng: chooses what does not matter, and that some stages have one bucket only.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        mode: str,
+        spec: CascadeSpec,
+        *,
+        lanes: int = 1,
+        rng: np.random.Generator | None = None,
+        switch_nodes: bool = True,
+        most: int = 99,
+    ) -> None:
+        all_buckets = rng is None
+        rng = rng or np.random.default_rng(0)
+        stages = len(spec.stages)
+        self.cuda = SimulatedCuda(library, int(rng.integers(1 << 30)), switch_nodes=switch_nodes)
+        self.capturer = SimulatedCapturer(self.cuda)
+        self.store = GraphStore(self.cuda, self.capturer)
+        single = itertools.takewhile(lambda group: len(group) == 1, spec.groups)
+        buckets = default_buckets(spec.max_batch)
+        self.captured = tuple(
+            CapturedStage(
+                number,
+                spec.stages[number],
+                ColumnOffer(
+                    self.cuda,
+                    Rows((2 * stages,), "float32", ["as they are", "reversed"][number % 2]),
+                    number,
+                    label=stages + number if spec.top1 else None,
+                    stride=int(rng.integers(1, 3)),
+                ),
+                buckets if all_buckets or rng.random() < 0.8 else buckets[-1:],
+            )
+            for (number,) in itertools.islice(single, most)
+        )
+        self.lanes = [Lane(self.cuda, self.store, self.captured, n) for n in range(lanes)]
+        launches = [LAUNCHES[mode](lane) for lane in self.lanes]
+        self.cpu = Cpu(
+            spec,
+            [ColumnStage(k, stages + k if spec.top1 else None) for k in range(stages)],
+        )
+        self.executor = GraphExecutor(
+            spec, list(zip(self.lanes, launches, strict=True)), self.cpu, self.store.close
+        )
+
+
+def rows_of(case: Case) -> np.ndarray:
+    """The samples as the columns that the stages of the rig read."""
+    stages, count = len(case.scores), len(case)
+    rows = np.zeros((count, 2 * stages), np.float32)
+    with np.errstate(over="ignore"):
+        for k, scores in enumerate(case.scores):
+            rows[:, k] = np.nan if case.broken[k] else scores
+    return rows
+
+
+def request_of(case: Case, until: float, progress: Any = None) -> Request:
+    rows = rows_of(case)
+
+    def decode(source: int) -> Any:
+        if not case.readable[source]:
+            raise ImageError(f"{source} is no image")
+        return rows[source]
+
+    bounds = []
+    for stage in case.spec.stages:
+        pair = case.bounds.get(stage.name, stage.thresholds)
+        bounds.append(tuple(np.asarray(b, np.float64).astype(np.float32) for b in pair))
+    flags = {name: np.array(marks, bool) for name, marks in case.flags.items()}
+    return Request(Samples(range(len(case)), decode), until, flags, bounds, progress)
+
+
+def run(case: Case, rig: Rig, clock: Clock) -> tuple[list[Result], list[StageCounts]]:
+    """Answer a case; time runs out after the group that it names."""
+    clock.now, told = 0.0, 0
+    late = case.late_after
+
+    def elapsed_ns(stage: int) -> int:
+        if late is None or stage < late:
+            return 0
+        clock.now = 2.0
+        return 2 * 10**9
+
+    def progress(known: list[Result], settled: list[bool]) -> None:
+        nonlocal told
+        assert len(known) == len(settled) == len(case)
+        if rig.cpu.resumed:
+            told += 1
+            if late is not None and rig.cpu.resumed + told - 1 >= late:
+                clock.now = 2.0
+
+    rig.cpu.resumed = 0
+    rig.cuda.elapsed_ns = elapsed_ns
+    until = math.inf if late is None else -1.0 if late < 0 else 1.0
+    return rig.executor.run(request_of(case, until, progress))
+
+
+def check(case: Case, rig: Rig, clock: Clock) -> list[Result]:
+    results, counts = run(case, rig, clock)
+    assert answers(results) == expected(case), case
+    for result in results:
+        assert (result.error != "") == (result.status is Status.STAGE_FAILED)
+    for count in counts:
+        ends = count.negative, count.positive, count.escalated, count.failed, count.late
+        assert sum(ends) == count.asked, case
+        assert min(ends) >= 0
+        assert count.padded >= 0
+    exits = sum(count.negative + count.positive for count in counts)
+    assert exits == sum(result.status is Status.DONE for result in results)
+    return results
+
+
+def variations(case: Case, rng: np.random.Generator, count: int) -> Iterator[Case]:
+    """Cases of the same cascade with other samples, of every number up to twice a full batch."""
+    spec = case.spec
+    firsts = [group[0] for group in spec.groups]
+    values = np.array([0, 0.1, 0.15, 0.3, 0.5, 0.7, 0.85, 0.9, 1, np.nan, np.inf, -0.1, 1.1])
+    for number in range(count):
+        late = int(rng.integers(-1, len(firsts))) if number % 6 == 0 else None
+        most = spec.max_batch if late is not None else 2 * spec.max_batch
+        samples = int(rng.integers(most + 1)) if rng.random() < 0.5 else number % (most + 1)
+        shape = len(spec.stages), samples
+        score = np.where(rng.random(shape) < 0.5, rng.random(shape), rng.choice(values, shape))
+        pairs = {
+            k: [tuple(pair) for pair in rng.choice(values, (samples, 2)).tolist()]
+            for k in firsts
+            if rng.random() < 0.25
+        }
+        yield Case(
+            spec,
+            score.tolist(),
+            ["raises" if rng.random() < 0.05 else "" for _ in spec.stages],
+            {name: (rng.random(samples) < 0.5).tolist() for name in spec.triggers},
+            pairs,
+            (rng.random(samples) > 0.05).tolist(),
+            late,
+        )
+
+
+@pytest.mark.parametrize("switch_nodes", [True, False])
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_every_sample_as_the_oracle_says(
+    library: ctypes.CDLL, clock: Clock, mode: str, switch_nodes: bool
+) -> None:
+    rng = np.random.default_rng([len(mode), switch_nodes])
+    seen: Counter[Status] = Counter()
+    cases = 0
+    for number in range(60):
+        seed_case = random_case(rng, most_samples=1, groups=number % 3 == 0)
+        spec = dataclasses.replace(
+            seed_case.spec, max_batch=int(rng.choice([1, 2, 3, 5, 9, 12, 33]))
+        )
+        if len(spec.groups[0]) > 1:
+            continue
+        rig = Rig(library, mode, spec, rng=rng, switch_nodes=switch_nodes)
+        for case in variations(dataclasses.replace(seed_case, spec=spec), rng, 50):
+            seen.update(result.status for result in check(case, rig, clock))
+            cases += 1
+    assert cases > 2500
+    assert min(seen[status] for status in Status) > 100
+
+
+def plain(stages: int, **fields: Any) -> CascadeSpec:
+    return CascadeSpec(
+        tuple(StageSpec(f"s{k}", low=0.2, high=0.8) for k in range(stages)), **fields
+    )
+
+
+def case_of(spec: CascadeSpec, scores: Any, **fields: Any) -> Case:
+    scores = np.asarray(scores)
+    count = scores.shape[1]
+    base = Case(spec, scores.tolist(), [""] * len(scores), {}, {}, [True] * count)
+    return dataclasses.replace(base, **fields)
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_the_cpu_executor_says_the_same_to_the_bit(
+    library: ctypes.CDLL, clock: Clock, mode: str
+) -> None:
+    rng = np.random.default_rng(11)
+    for _ in range(10):
+        first = random_case(rng, most_samples=1, groups=False, deadlines=False)
+        spec = dataclasses.replace(first.spec, max_batch=16)
+        rig = Rig(library, mode, spec, rng=rng)
+        for case in variations(dataclasses.replace(first, spec=spec), rng, 12):
+            case = dataclasses.replace(case, late_after=None)
+            graphed_results, graphed_counts = run(case, rig, clock)
+            results, counts = rig.cpu.run(request_of(case, math.inf))
+            assert answers(graphed_results) == answers(results)
+            for mine, theirs in zip(graphed_counts, counts, strict=True):
+                for name in ("asked", "negative", "positive", "escalated", "failed", "late"):
+                    assert getattr(mine, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_every_number_of_escalated_samples_uses_the_smallest_bucket(
+    library: ctypes.CDLL, clock: Clock, mode: str
+) -> None:
+    spec = plain(2, max_batch=12)
+    rig = Rig(library, mode, spec)
+    buckets = rig.captured[1].buckets
+    for escalated in range(13):
+        scores = np.full((2, 12), 0.95)
+        scores[0, :escalated] = 0.5
+        results, counts = run(case_of(spec, scores), rig, clock)
+        assert {r.status for r in results} == {Status.DONE}
+        fits = [b for b in buckets if b >= escalated]
+        assert counts[1].asked == escalated
+        assert counts[1].padded == (fits[0] - escalated if escalated else 0)
+        assert counts[1].calls == (1 if escalated else 0)
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_labels_of_many_classes(library: ctypes.CDLL, clock: Clock, mode: str) -> None:
+    spec = CascadeSpec(
+        tuple(StageSpec(f"s{k}", score="top1", high=0.8) for k in range(2)), max_batch=4
+    )
+    rig = Rig(library, mode, spec)
+    rows = np.array(
+        [
+            [0.9, 0.9, 7, 1],  # sure at once
+            [0.5, 0.9, 7, 2],  # sure at the second stage
+            [0.5, np.nan, 7, 3],  # the second stage fails: the first one's label stands
+            [np.nan, np.nan, 7, 4],  # nobody knows
+        ],
+        np.float32,
+    )
+    bounds = [(np.float32(0), np.float32(0.8))] * 2
+    bounds = [tuple(np.asarray(b) for b in pair) for pair in bounds]
+    request = Request(Samples(list(rows), lambda row: row), math.inf, {}, bounds)  # type: ignore[arg-type]
+    results, _ = rig.executor.run(request)
+    assert [r.label for r in results] == [7, 2, 7, -1]
+    assert [r.stage for r in results] == ["s0", "s1", "s0", None]
+    assert results[2].error == "s1: the score is no probability"
+
+
+def test_one_graph_holds_the_whole_cascade(library: ctypes.CDLL) -> None:
+    """Kernel, copy, child and conditional nodes; n2 + n3 bodies; one chain."""
+    rig = Rig(library, "device", plain(3, max_batch=8))
+    assert [stage.buckets for stage in rig.captured[1:]] == [(1, 2, 4, 8)] * 2
+    assert len(rig.cuda.executables) == len(rig.captured[0].buckets)
+    graph = max(rig.cuda.executables, key=lambda g: len(conditionals(g)[0].bodies))
+    kinds = [node.kind for node in graph.nodes]
+    chain = "memcpy kernel child kernel conditional kernel conditional kernel memcpy"
+    words = {NodeKind.CHILD: "child"}
+    assert " ".join(words.get(kind, kind.value) for kind in kinds) == chain
+    assert [node.after for node in graph.nodes] == [(), *((at,) for at in range(8))]
+    switches = conditionals(graph)
+    assert [len(switch.bodies) for switch in switches] == [4, 4]
+    for switch in switches:
+        for body in switch.bodies:
+            assert [n.kind for n in body.nodes] == [
+                NodeKind.KERNEL,
+                NodeKind.CHILD,
+                NodeKind.KERNEL,
+            ]
+    small = min(rig.cuda.executables, key=lambda g: len(conditionals(g)[0].bodies))
+    assert [len(switch.bodies) for switch in conditionals(small)] == [1, 1]
+
+
+def test_a_batch_is_one_launch(library: ctypes.CDLL, clock: Clock) -> None:
+    spec = plain(3, max_batch=8)
+    scores = [[0.5] * 8, [0.5] * 4 + [0.9] * 4, [0.1] * 8]
+    launches = {}
+    for mode in LAUNCHES:
+        rig = Rig(library, mode, spec)
+        check(case_of(spec, scores), rig, clock)
+        launches[mode] = rig.cuda.launches
+    assert launches == {"host": 3, "device": 1}
+
+
+def test_the_host_stops_when_nobody_is_left(library: ctypes.CDLL, clock: Clock) -> None:
+    spec = plain(3, max_batch=8)
+    rig = Rig(library, "host", spec)
+    check(case_of(spec, [[0.9] * 8, [0.9] * 8, [0.9] * 8]), rig, clock)
+    assert rig.cuda.launches == 1
+
+
+def test_old_drivers_get_one_if_node_per_bucket(library: ctypes.CDLL) -> None:
+    rig = Rig(library, "device", plain(2, max_batch=4), switch_nodes=False)
+    graph = max(rig.cuda.executables, key=lambda g: len(g.nodes))
+    nodes = conditionals(graph)
+    assert [(node.single, len(node.bodies)) for node in nodes] == [(True, 1)] * 3
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_captures_share_memory_only_within_a_stage_and_lane(
+    library: ctypes.CDLL, mode: str
+) -> None:
+    rig = Rig(library, mode, plain(2, max_batch=4), lanes=2)
+    pools: dict[Any, set[int]] = {}
+    for captured in rig.store.graphs:
+        pool = rig.capturer.pool_of[captured.graph]
+        pools.setdefault((captured.stage, captured.lane), set()).add(pool)
+    assert len(pools) == 4
+    assert sorted(pools.values(), key=min) == [{1}, {2}, {3}, {4}]
+    assert [c.rows for c in rig.store.graphs[:3]] == [4, 2, 1]
+    assert rig.store.bytes_by_bucket() == {
+        (stage, rows): 2000 for stage in ("s0", "s1") for rows in (1, 2, 4)
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        (NodeKind.HOST, "1 host function"),
+        (NodeKind.WAIT_EVENT, "1 event wait"),
+        (NodeKind.ALLOCATE, "1 memory allocation"),
+        (NodeKind.CONDITIONAL, "1 conditional"),
+        (NodeKind.SET, ""),
+        (NodeKind.EMPTY, ""),
+    ],
+)
+def test_what_a_body_may_not_hold_is_found(library: ctypes.CDLL, kind: NodeKind, word: str) -> None:
+    cuda = SimulatedCuda(library)
+    capturer = SimulatedCapturer(cuda)
+    capturer.extra = (kind,)
+    store = GraphStore(cuda, capturer)
+    store.capture("large", 8, 0, lambda: None)
+    objection = store.objection()
+    assert bool(objection) == bool(word)
+    if word:
+        assert word in objection
+        assert "'large' with 8 rows" in objection
+
+
+def test_a_capture_that_fails_names_the_stage(library: ctypes.CDLL) -> None:
+    cuda = SimulatedCuda(library)
+    store = GraphStore(cuda, SimulatedCapturer(cuda))
+
+    def call() -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(CudaUnavailableError, match=r"'large'.*16 rows.*out of memory"):
+        store.capture("large", 16, 0, call)
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_close_releases_everything(library: ctypes.CDLL, clock: Clock, mode: str) -> None:
+    spec = plain(2, max_batch=4)
+    rig = Rig(library, mode, spec, lanes=2)
+    check(case_of(spec, np.full((2, 9), 0.5)), rig, clock)
+    mine = rig.cuda.allocations
+    assert rig.executor.close(1.0) == (True, True)
+    assert not rig.cuda.executables
+    stages_own = mine - rig.cuda.allocations
+    assert stages_own == 2 * (3 + 2 + 2)  # pieces, their pinned copies, pinned rows
+    with pytest.raises(CascadeError, match="closed"):
+        run(case_of(spec, np.full((2, 1), 0.5)), rig, clock)
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_when_the_gpu_fails_the_host_answers(library: ctypes.CDLL, clock: Clock, mode: str) -> None:
+    spec = plain(2, max_batch=4)
+    rig = Rig(library, mode, spec, lanes=2)
+    case = case_of(spec, np.random.default_rng(0).random((2, 11)))
+    rig.cuda.fail_at = 2
+    assert answers(run(case, rig, clock)[0]) == expected(case)
+    assert "CUDA_ERROR_LAUNCH_FAILED" in rig.executor.failure
+    before = rig.cuda.launches
+    assert answers(run(case, rig, clock)[0]) == expected(case)
+    assert rig.cuda.launches == before
+    assert rig.executor.close(0.0) == (False, False)
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_what_goes_wrong_between_stages_costs_no_lane(
+    library: ctypes.CDLL, clock: Clock, mode: str
+) -> None:
+    spec = plain(2, max_batch=2)
+    rig = Rig(library, mode, spec, lanes=2, most=1)  # so that both modes tell progress
+    case = case_of(spec, np.full((2, 7), 0.5))
+
+    def progress(known: list[Result], settled: list[bool]) -> None:
+        raise ZeroDivisionError
+
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            rig.executor.run(request_of(case, math.inf, progress))
+    check(case, rig, clock)
+    assert rig.executor.close(0.0) == (True, True)
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_progress(library: ctypes.CDLL, clock: Clock, mode: str) -> None:
+    """Between captured stages in host mode only; before the host's own stages in both."""
+    spec = plain(3, max_batch=8)
+    rig = Rig(library, mode, spec, most=2)
+    told: list[tuple[list[Result], list[bool]]] = []
+    case = case_of(spec, [[0.1, 0.5, 0.5], [0.5, 0.9, 0.5], [0.5, 0.5, 0.3]])
+    results, _ = rig.executor.run(
+        request_of(case, math.inf, lambda known, settled: told.append((known, settled)))
+    )
+    settled = [marks for _, marks in told]
+    assert settled == [[True, False, False], [True, True, False]][-len(told) :]
+    assert len(told) == (2 if mode == "host" else 1)
+    assert told[-1][0][:2] == results[:2]
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_many_threads_on_two_lanes(library: ctypes.CDLL, mode: str) -> None:
+    spec = plain(2, max_batch=5)
+    rig = Rig(library, mode, spec, lanes=2)
+    lock = threading.Lock()  # the emulator runs one kernel at a time
+    execute = rig.cuda._execute
+
+    def one_at_a_time(graph: Any) -> None:
+        with lock:
+            execute(graph)
+
+    rig.cuda._execute = one_at_a_time  # type: ignore[method-assign]
+    wrong: list[Any] = []
+
+    def caller(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(15):
+            case = case_of(spec, rng.random((2, int(rng.integers(14)))))
+            results, _ = rig.executor.run(request_of(case, math.inf))
+            if answers(results) != expected(case):
+                wrong.append(case)
+
+    threads = [threading.Thread(target=caller, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert rig.executor.close(1.0) == (True, True)
+
+
+def test_busy_lanes_cost_a_caller_no_more_than_its_deadline(library: ctypes.CDLL) -> None:
+    spec = plain(1, max_batch=4)
+    rig = Rig(library, "device", spec)
+    taken = rig.executor._lane(math.inf)
+    assert taken is not None
+    case = case_of(spec, [[0.9, 0.1]])
+    results, counts = rig.executor.run(request_of(case, time.monotonic() + 0.05))
+    assert {r.status for r in results} == {Status.DEADLINE}
+    assert (counts[0].asked, counts[0].late) == (2, 2)
+    rig.executor._free.put(taken)
+    results, _ = rig.executor.run(request_of(case, math.inf))
+    assert answers(results) == expected(case)
+
+
+def check_random(rig: Rig, spec: CascadeSpec, rng: np.random.Generator, clock: Clock) -> None:
+    for _ in range(40):
+        check(case_of(spec, rng.random((len(spec.stages), spec.max_batch))), rig, clock)
+
+
+def drop_edges(cuda: SimulatedCuda, kind: str) -> None:
+    """Forget what nodes of a kind come after."""
+    for graph in cuda.executables:
+        for node in [
+            *graph.nodes,
+            *(n for c in conditionals(graph) for b in c.bodies for n in b.nodes),
+        ]:
+            name = node.launch.kernel if node.launch else node.kind.value
+            if name.startswith(kind):
+                node.after = ()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["sn72_begin", "sn72_route", "sn72_scatter", "child graph", "memcpy", "conditional"],
+)
+def test_a_missing_edge_is_noticed(library: ctypes.CDLL, clock: Clock, kind: str) -> None:
+    spec = plain(3, max_batch=8)
+    rig = Rig(library, "device", spec)
+    drop_edges(rig.cuda, kind)
+    rng = np.random.default_rng(3)
+    with pytest.raises((AssertionError, CascadeError)):
+        check_random(rig, spec, rng, clock)
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+@pytest.mark.parametrize("broken", ["no gather", "no wait", "count of the wrong boundary"])
+def test_a_wrong_executor_is_noticed(
+    library: ctypes.CDLL, clock: Clock, monkeypatch: pytest.MonkeyPatch, mode: str, broken: str
+) -> None:
+    if broken == "no gather":
+        monkeypatch.setattr(layout, "gather", lambda args: layout.begin(harmless))
+    elif broken == "no wait":
+        monkeypatch.setattr(SimulatedCuda, "wait", lambda self, event: None)
+    else:
+        monkeypatch.setattr(wiring, "_offset_of_count", lambda: 16)
+    spec = plain(3, max_batch=8)
+    scratch = np.zeros(4096, np.uint8)
+    at = scratch.ctypes.data // 256 * 256 + 256
+    harmless = layout.BeginArgs(samples=at, scored=at + 1024, start_ns=at + 2048, capacity=1)
+    rng = np.random.default_rng(3)
+    rig = Rig(library, mode, spec)
+    with pytest.raises((AssertionError, CascadeError)):
+        check_random(rig, spec, rng, clock)
