@@ -133,7 +133,7 @@ def compile_kernel(plugin: LayerNormGelu, types: tuple[str, str, str]) -> Kernel
         types: Triton's names of the types of input (and output), weight and bias: ``fp16``.
 
     Raises:
-        BuildError: Triton's kernel needs memory that TensorRT does not give.
+        BuildError: Triton interprets here, or its kernel needs memory that TensorRT does not give.
         MissingDependencyError: Triton is not installed.
     """
     purpose = "compile a plugin"
@@ -143,6 +143,11 @@ def compile_kernel(plugin: LayerNormGelu, types: tuple[str, str, str]) -> Kernel
     from sn72engine.backends.tensorrt_plugin_kernel import layernorm_gelu
     from sn72kernels.ops.layernorm_gelu.op import tile_config
 
+    if not isinstance(layernorm_gelu, triton.runtime.JITFunction):
+        raise BuildError(
+            "Triton interprets kernels in this process (TRITON_INTERPRET is set), so none can be "
+            "compiled into an engine; build in a process without it"
+        )
     tile = tile_config(plugin.cols, 4 if types[0] == "fp32" else 2)
     constants = {
         "cols": plugin.cols,

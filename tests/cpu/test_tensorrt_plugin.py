@@ -6,6 +6,7 @@ What the real bindings say of the registration is checked where a wheel of them 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -24,7 +25,7 @@ from onnx.reference.op_run import OpRun
 from sn72engine import _deps
 from sn72engine.backends import tensorrt, tensorrt_plugin
 from sn72engine.backends.tensorrt import TensorRTBackend
-from sn72engine.backends.tensorrt_plugin import LayerNormGelu, compile_kernel, fuse
+from sn72engine.backends.tensorrt_plugin import Kernel, LayerNormGelu, fuse
 from sn72engine.errors import BuildError
 from tests import tiny_models
 from tests.contract import record_surface
@@ -129,24 +130,62 @@ def test_names_tell_plugins_apart_and_are_identifiers() -> None:
 # The kernel
 
 
+ARCHITECTURES = (80, 89, 90, 120)
+
+COMPILED = """
+import dataclasses, json, sys
+from sn72engine.backends.tensorrt_plugin import LayerNormGelu, compile_kernel
+print(json.dumps({
+    arch: dataclasses.asdict(
+        compile_kernel(LayerNormGelu(1024, 1e-6, tanh=False, arch=int(arch)), ("fp16",) * 3)
+    )
+    for arch in sys.argv[1:]
+}))
+"""
+
+
+def python(code: str, *arguments: object, **env: str) -> str:
+    """Run code in a process of its own: other tests may have told Triton to interpret in this."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**inherited, **env},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(python(COMPILED, *ARCHITECTURES))
+    return found
+
+
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 89, 90, 120])
-def test_the_ptx_takes_what_tensorrt_passes_and_assembles(arch: int, tmp_path: Path) -> None:
-    plugin = LayerNormGelu(1024, 1e-6, tanh=False, arch=arch)
-    kernel = compile_kernel(plugin, ("fp16", "fp16", "fp16"))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_ptx_takes_what_tensorrt_passes_and_assembles(
+    kernels: dict[str, Any], arch: int, tmp_path: Path
+) -> None:
+    kernel = Kernel(**kernels[str(arch)])
     head = re.search(rf"\.entry {kernel.name}\((.*?)\)", kernel.ptx, re.DOTALL)
     assert head is not None
     kinds = re.findall(r"\.param \.(\w+)", head[1])
     assert kinds == ["u64", "u64", "u64", "u32", "u64"]
-    assert f".target sm_{arch}" in kernel.ptx
     assert kernel.threads % 32 == 0
+    assert kernel.rows >= 1
+    target = re.search(r"\.target (sm_\d+\w*)", kernel.ptx)
+    assert target is not None
+    assert target[1].startswith(f"sm_{arch}")
     # What is left of the text is still a program: Triton's own assembler takes it.
     (tmp_path / "k.ptx").write_text(kernel.ptx)
     from triton import knobs
 
-    ptxas = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
-    target = re.search(r"\.target (\w+)", kernel.ptx)
-    assert target is not None
+    blackwell = getattr(knobs.nvidia, "ptxas_blackwell", knobs.nvidia.ptxas)
+    ptxas = blackwell if arch >= 100 else knobs.nvidia.ptxas
     done = subprocess.run(
         [ptxas.path, f"-arch={target[1]}", str(tmp_path / "k.ptx"), "-o", str(tmp_path / "k.bin")],
         capture_output=True,
@@ -154,6 +193,21 @@ def test_the_ptx_takes_what_tensorrt_passes_and_assembles(arch: int, tmp_path: P
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+INTERPRETING = """
+from sn72engine.backends.tensorrt_plugin import LayerNormGelu, compile_kernel
+from sn72engine.errors import BuildError
+try:
+    compile_kernel(LayerNormGelu(16, 1e-6, tanh=False, arch=89), ("fp16",) * 3)
+except BuildError as error:
+    print(error)
+"""
+
+
+@needs_triton
+def test_an_interpreted_kernel_cannot_be_compiled() -> None:
+    assert "TRITON_INTERPRET is set" in python(INTERPRETING, TRITON_INTERPRET="1")
 
 
 PTX = """.visible .entry k(
@@ -202,15 +256,7 @@ print("ok")
 
 @needs_triton
 def test_the_entry_point_computes_the_pair() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "ok\n", done.stderr
+    assert python(INTERPRETED, TRITON_INTERPRET="1") == "ok\n"
 
 
 # Registration
@@ -250,15 +296,8 @@ def test_the_real_bindings_take_the_registration(tmp_path: Path) -> None:
         archive.extractall(tmp_path)
     record_surface.build_stubs(next((tmp_path / "tensorrt_bindings").glob("*.so")), tmp_path)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-c", REGISTERED],
-        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] in Path(WHEEL).name
+    said = python(REGISTERED, LD_LIBRARY_PATH=str(tmp_path), PYTHONPATH=path)
+    assert said.splitlines()[-1] in Path(WHEEL).name
 
 
 def test_the_model_that_is_built_holds_its_plugins(
