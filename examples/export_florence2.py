@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def make_model(options: argparse.Namespace) -> Florence2ForConditionalGeneration
     return Florence2ForConditionalGeneration(config).eval().requires_grad_(False)
 
 
-def greedy(step, places: int) -> list[int]:
+def greedy(step: Callable[[np.ndarray], np.ndarray], places: int) -> list[int]:
     """The answer, token by token; ``step`` maps ids (1, places) to logits (1, places, words)."""
     answer = [START]
     while len(answer) < places:

@@ -187,6 +187,19 @@ def test_florence2_answers_as_pytorch_does(tmp_path: Path) -> None:
     assert all((tmp_path / f"{name}.onnx").is_file() for name in parts)
 
 
+def test_florence2_from_weights_on_disk(tmp_path: Path) -> None:
+    import torch
+
+    pytest.importorskip("transformers")
+    example = load("export_florence2.py")
+    made = example.make_model(argparse.Namespace(weights=None, size="tiny"))
+    made.to(torch.bfloat16).save_pretrained(tmp_path)
+    read = example.make_model(argparse.Namespace(weights=tmp_path))
+    before, after = made.state_dict(), read.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name].float()) for name in before)
+
+
 def test_qwen3_vl_checkpoints(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("modelopt")
