@@ -204,6 +204,11 @@ class ComparisonReport:
                 "the outputs differ, but no layer does once tensors are marked as outputs: what "
                 "differs is a fusion that marking prevents, or a layer that only one of them has"
             )
+        if self.search == "bisect":
+            return (
+                f"the outputs agree (bound: {bound}), so there was nothing to bisect; search='all' "
+                "measures every layer"
+            )
         return f"no layer parts ({len(self.layers)} compared, bound: {bound})"
 
     def to_dict(self) -> dict[str, Any]:

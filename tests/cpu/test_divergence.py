@@ -22,7 +22,7 @@ from sn72engine.spec import BuildOptions, ShapeRange
 from sn72engine.store import Store
 from sn72engine.tensor_error import TensorError
 from sn72engine.tensor_probe import TensorProbe
-from tests import tiny_models
+from tests import quantized_models, tiny_models
 
 #: Weight of the transformer of :mod:`tests.tiny_models` -> the layer that reads it.
 READERS = {
@@ -141,6 +141,15 @@ def test_float_against_quantised(tmp_path: Path) -> None:
     assert report.first_bad is not None
     assert report.first_bad.layer == "c"
     assert report.first_bad.error.relative == pytest.approx(1.0, abs=0.05)
+
+
+def test_what_our_quantiser_writes_has_every_name_of_the_float_model() -> None:
+    model = quantized_models.exported("transformer")
+    images = quantized_models.images(2, seed=7)
+    report = compare(model, quantized_models.quantized("transformer"), images)
+    assert report.unmeasured == 0
+    assert not report.parted, report.render()
+    assert 0 < max(layer.error.relative for layer in report.layers) < 0.1
 
 
 def test_engines_of_two_backends(tmp_path: Path) -> None:
@@ -344,4 +353,6 @@ def test_the_command(tmp_path: Path, model: OnnxModel, capsys: pytest.CaptureFix
     assert report["samples"] == 3
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert cli.main(["compare", str(model.path), str(model.path), "--search", "bisect"]) == 0
-    assert "no layer parts" in capsys.readouterr().out
+    assert "the outputs agree" in capsys.readouterr().out
+    assert cli.main(["compare", str(model.path), str(model.path)]) == 0
+    assert "no layer parts (15 compared" in capsys.readouterr().out
