@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sn72engine.engine import Engine as Engine
     from sn72engine.engine import Manifest as Manifest
     from sn72engine.exporter import export as export
+    from sn72engine.exporter import export_program as export_program
     from sn72engine.latency import bench as bench
     from sn72engine.latency import interleave as interleave
     from sn72engine.layer_profile import ProfileOptions as ProfileOptions
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from sn72engine.model import OnnxModel as OnnxModel
     from sn72engine.pool import SessionPool as SessionPool
     from sn72engine.preprocessing import preprocess as preprocess
+    from sn72engine.program import ProgramOptions as ProgramOptions
+    from sn72engine.program import TorchProgram as TorchProgram
     from sn72engine.quantizer import quantize as quantize
     from sn72engine.refitter import refit as refit
     from sn72engine.selection import Selection as Selection
@@ -95,6 +98,7 @@ _EXPORTS = {
     "OnnxModel": "model",
     "Preprocess": "spec",
     "ProfileOptions": "layer_profile",
+    "ProgramOptions": "program",
     "QuantizeOptions": "spec",
     "Result": "cascade.result",
     "RoadworkDetector": "miner",
@@ -112,6 +116,7 @@ _EXPORTS = {
     "TensorRTOptions": "spec",
     "ThresholdOptions": "thresholds",
     "TraceRecorder": "trace",
+    "TorchProgram": "program",
     "VerifyOptions": "spec",
     "batches": "calibration",
     "bench": "latency",
@@ -120,6 +125,7 @@ _EXPORTS = {
     "compare": "divergence",
     "export": "exporter",
     "export_checkpoint": "checkpoint",
+    "export_program": "exporter",
     "interleave": "latency",
     "labelled": "calibration",
     "load": "session",

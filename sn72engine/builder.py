@@ -1,4 +1,4 @@
-"""ONNX file to engine: fingerprint it, take it from the store, or build it, try it and keep it."""
+"""Model to engine: fingerprint it, take it from the store, or build it, try it and keep it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from sn72engine.engine import Engine, Manifest
 from sn72engine.errors import BuildError
 from sn72engine.fingerprint import Fingerprint
 from sn72engine.model import OnnxModel
-from sn72engine.spec import BuildOptions
+from sn72engine.program import TorchProgram
+from sn72engine.spec import PROGRAM_BACKENDS, BuildOptions
 from sn72engine.store import Store, describe
 from sn72engine.trial import try_engine
 
+Model = OnnxModel | TorchProgram
+
 
 def build(
-    model: OnnxModel,
+    model: Model,
     options: BuildOptions | None = None,
     *,
     store: Store | None = None,
@@ -35,7 +38,8 @@ def build(
     manifest says so.
 
     Args:
-        model: the ONNX file; a Q/DQ file for ``precision="int8"``.
+        model: the ONNX file; a Q/DQ file for ``precision="int8"``. A program for the backend
+            ``inductor``.
         options: how to build; the defaults of :class:`BuildOptions` when None.
         store: where engines are kept; the default store when None.
         progress: show a progress bar; None shows it on a terminal.
@@ -51,6 +55,7 @@ def build(
     """
     options = options if options is not None else BuildOptions()
     store = store if store is not None else Store()
+    check_kind(model, options)
     options = resolve_precision(model, options)
     check_batch(model, options)
     backend = get_backend(options.backend)
@@ -67,7 +72,7 @@ def build(
 
 
 def describe_build(
-    model: OnnxModel,
+    model: Model,
     options: BuildOptions,
     wanted: Fingerprint,
     target: str,
@@ -109,13 +114,32 @@ def describe_build(
     return replace(manifest, notes=notes)
 
 
-def _unrecorded(model: OnnxModel) -> tuple[str, ...]:
+def _unrecorded(model: Model) -> tuple[str, ...]:
     if model.quantised and model.quantization is None:
         return ("quantised by another tool: nothing is recorded of its calibration",)
     return ()
 
 
-def resolve_precision(model: OnnxModel, options: BuildOptions) -> BuildOptions:
+def check_kind(model: Model, options: BuildOptions) -> None:
+    """Refuse an ONNX file where a program is needed, and the other way round.
+
+    Raises:
+        BuildError: the backend does not build from that.
+    """
+    needs = options.backend in PROGRAM_BACKENDS
+    if isinstance(model, TorchProgram) != needs:
+        raise BuildError(
+            f"backend={options.backend!r} builds from "
+            + (
+                "a program: write one with sn72engine.export_program"
+                if needs
+                else "an ONNX file: write one with sn72engine.export"
+            )
+            + f", and {model.path.name} is not one"
+        )
+
+
+def resolve_precision(model: Model, options: BuildOptions) -> BuildOptions:
     """The options with the precision that the engine will have.
 
     The option speaks of float models. A Q/DQ file is built as what it is, whoever quantised it;
@@ -123,9 +147,16 @@ def resolve_precision(model: OnnxModel, options: BuildOptions) -> BuildOptions:
 
     Raises:
         BuildError: a quantised format that the model is not in, ``fp16`` for a quantised one, or
-            another type than its own for a float16 or bfloat16 file.
+            another type than its own for a float16 or bfloat16 file, or for a program.
     """
     asked, held = options.precision, model.precision
+    if isinstance(model, TorchProgram):
+        if asked not in ("fp32", held):
+            raise BuildError(
+                f"precision={asked!r}: {model.path.name} is a program in {held}; export the module "
+                f"with ProgramOptions(precision={asked!r}), where that is one of its choices"
+            )
+        return replace(options, precision=held)
     if asked == "bf16" and asked != held:
         raise BuildError(
             f"precision='bf16' needs a bfloat16 model, and {model.path.name} is {held}: export the "
@@ -149,7 +180,7 @@ def resolve_precision(model: OnnxModel, options: BuildOptions) -> BuildOptions:
     return replace(options, precision=held) if model.quantised else options
 
 
-def check_batch(model: OnnxModel, options: BuildOptions) -> None:
+def check_batch(model: Model, options: BuildOptions) -> None:
     """Refuse a range of batch sizes that the model's shape rules out.
 
     Raises:

@@ -1,20 +1,26 @@
-"""PyTorch module -> ONNX file with a free batch axis, proven to compute the same."""
+"""PyTorch module -> ONNX file or program with a free batch axis, proven to compute the same."""
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sn72engine import _deps, graph_cleanup, onnx_file, parity
+import numpy as np
+
+from sn72engine import _deps, fp8_linear, graph_cleanup, onnx_file, parity
 from sn72engine.errors import ExportError
-from sn72engine.model import OnnxModel
+from sn72engine.model import OnnxModel, TensorSpec
+from sn72engine.program import RECORD_NAME, ProgramOptions, TorchProgram
 from sn72engine.progress import Progress
 from sn72engine.quiet import quiet
 from sn72engine.spec import ExportOptions, Preprocess
+from sn72kernels import atomic
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +90,7 @@ def export(
         bar.step()
         bar.note("compare")
         onnx_file.write(proto, scratch, options.external_data_bytes)
+        del proto  # ONNX Runtime holds the weights as well from here on
         found = []
         for result in parity.compare(torch, module, inputs, scratch, batches, options):
             found.append(result)
@@ -98,7 +105,181 @@ def export(
     return OnnxModel.open(path)
 
 
-def _samples(torch: Any, example: Any, options: ExportOptions) -> tuple[torch.Tensor, ...]:
+def export_program(
+    module: torch.nn.Module,
+    options: ProgramOptions,
+    path: str | Path,
+    *,
+    example: torch.Tensor | tuple[torch.Tensor, ...],
+    preprocess: Preprocess | None = None,
+    progress: bool | None = None,
+) -> TorchProgram:
+    """Write ``module`` as a torch.export program, which the backend ``inductor`` builds from.
+
+    The module is run in evaluation mode without gradients and is not changed. The program is
+    compared with it on random inputs, ``bf16`` and ``fp8`` programs with what the module computes
+    in its own type.
+
+    Args:
+        module: takes float32 tensors by position, returns a tensor or any nesting of tensors.
+        options: names, precision, bounds.
+        path: of the file, ending in ``.pt2``.
+        example: one tensor per input, batch on axis 0. Only shape and dtype matter.
+        preprocess: how images become the input; stored in the file.
+        progress: show a bar; None shows it on a terminal only.
+
+    Raises:
+        ExportError: wrong names or example, torch.export failed, or the program does not compute
+            what the module does.
+    """
+    torch = _deps.require("torch", purpose="export a module")
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ExportError(f"{path.name}: a program's name must end in .pt2")
+    inputs = _samples(torch, example, options)
+    batches = options.parity_batches if options.dynamic_batch else (inputs[0].shape[0],)
+    with (
+        Progress(f"export {path.name}", 3, unit="step", shown=progress) as bar,
+        _evaluating(module),
+        torch.no_grad(),
+    ):
+        _check_names(torch, module, inputs, options)
+        changed, quantization = _in_precision(torch, module, options)
+        bar.step()
+        with quiet(*_LOGGERS) as said:
+            try:
+                program = torch.export.export(
+                    changed, inputs, dynamic_shapes=_dynamic_shapes(torch, changed, inputs, options)
+                )
+            except Exception as error:
+                raise ExportError(
+                    f"{type(module).__name__} cannot be exported: {_root_cause(error)}\n"
+                    f"{said.getvalue()[-2000:]}".rstrip()
+                ) from error
+        bar.step()
+        record: dict[str, Any] = {
+            "export": {
+                "options": options.to_dict(),
+                "torch": torch.__version__,
+                "parity": _program_parity(
+                    torch, module, program.module(), inputs, batches, options
+                ),
+            },
+            "signature": _signature(torch, module, inputs, options),
+        }
+        if quantization is not None:
+            record["quantization"] = quantization
+        if preprocess is not None:
+            record["preprocess"] = preprocess.to_dict()
+        with atomic.replacing(path) as scratch, scratch.open("wb") as stream, quiet(*_LOGGERS):
+            torch.export.save(program, stream, extra_files={RECORD_NAME: json.dumps(record)})
+        bar.step()
+    return TorchProgram.open(path)
+
+
+def _in_precision(
+    torch: Any, module: Any, options: ProgramOptions
+) -> tuple[Any, dict[str, Any] | None]:
+    """The module to export, and for fp8 the record of what was quantised."""
+    if options.precision == "fp32":
+        return module, None
+
+    class InBfloat16(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *inputs: Any) -> Any:
+            result = self.inner(
+                *(x.to(torch.bfloat16) if x.is_floating_point() else x for x in inputs)
+            )
+            return torch.utils._pytree.tree_map_only(
+                torch.Tensor, lambda y: y.float() if y.is_floating_point() else y, result
+            )
+
+    inner = copy.deepcopy(module).to(torch.bfloat16)
+    if options.precision == "bf16":
+        return InBfloat16(inner).eval(), None
+    layers = fp8_linear.quantise(inner, module)
+    if not layers:
+        raise ExportError(
+            f"{type(module).__name__} has no linear layer besides its last one whose sizes are "
+            "multiples of 16, so nothing would be fp8; export it in bf16"
+        )
+    return InBfloat16(inner).eval(), {
+        "method": "per token, dynamic",
+        "precision": "fp8",
+        "layers_quantized": len(layers),
+        "layers": list(layers),
+    }
+
+
+def _program_parity(
+    torch: Any,
+    module: Any,
+    program: Any,
+    inputs: Sequence[Any],
+    batches: Sequence[int],
+    options: ProgramOptions,
+) -> list[dict[str, float]]:
+    """Compare a program with the module; a record for each batch size.
+
+    Raises:
+        ExportError: it breaks a bound.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    record = []
+    for batch in batches:
+        feed = [parity.random_like(torch, tensor, batch, generator) for tensor in inputs]
+        got, wanted = (parity.tensors(torch, call(*feed)) for call in (program, module))
+        error, excess, cosine = 0.0, -np.inf, 1.0
+        for one, other in zip(got, wanted, strict=True):
+            one, other = one.astype(np.float64), other.astype(np.float64)
+            difference = np.abs(one - other)
+            bound = options.parity_atol + options.parity_rtol * np.abs(other)
+            error = max(error, float(difference.max(initial=0.0)))
+            excess = max(excess, float((difference - bound).max(initial=-np.inf)))
+            size = float(np.linalg.norm(one) * np.linalg.norm(other))
+            if size:
+                cosine = min(cosine, float((one * other).sum()) / size)
+        record.append({"batch": batch, "max_abs_error": error, "cosine": cosine})
+        exact = options.precision == "fp32"
+        # Not-a-number breaks either bound.
+        if not (excess <= 0 if exact else cosine >= options.parity_cosine):
+            raise ExportError(
+                f"the {options.precision} program does not compute what the module does at batch "
+                f"{batch}: max abs error {error:.3g}, cosine {cosine:.4f}; bounds "
+                + (
+                    f"parity_atol={options.parity_atol:g}, parity_rtol={options.parity_rtol:g}"
+                    if exact
+                    else f"parity_cosine={options.parity_cosine:g}"
+                )
+            )
+    return record
+
+
+def _signature(
+    torch: Any, module: Any, inputs: Sequence[Any], options: ProgramOptions
+) -> dict[str, list[dict[str, Any]]]:
+    """Inputs and outputs as a session sees them."""
+
+    def specs(names: Sequence[str], arrays: Sequence[Any]) -> list[dict[str, Any]]:
+        free: tuple[int | str, ...] = (BATCH,) if options.dynamic_batch else ()
+        return [
+            TensorSpec(name, array.dtype.name, (*free, *array.shape[len(free) :])).to_dict()
+            for name, array in zip(names, arrays, strict=True)
+        ]
+
+    given = [tensor.cpu().numpy() for tensor in inputs]
+    return {
+        "inputs": specs(options.input_names, given),
+        "outputs": specs(options.output_names, parity.tensors(torch, module(*inputs))),
+    }
+
+
+def _samples(
+    torch: Any, example: Any, options: ExportOptions | ProgramOptions
+) -> tuple[torch.Tensor, ...]:
     """The example as a tuple of tensors; two samples each where the batch axis is to be free.
 
     One sample will not do there: torch.export takes a size of 1 for a constant.
@@ -139,7 +320,10 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _check_names(
-    torch: Any, module: torch.nn.Module, inputs: Sequence[Any], options: ExportOptions
+    torch: Any,
+    module: torch.nn.Module,
+    inputs: Sequence[Any],
+    options: ExportOptions | ProgramOptions,
 ) -> None:
     """Run the module once and hold its real signature against the names."""
     signature = inspect.signature(module.forward)
@@ -166,15 +350,7 @@ def _check_names(
 
 
 def _trace(torch: Any, module: Any, inputs: tuple[Any, ...], options: ExportOptions) -> Any:
-    dynamic = None
-    if options.dynamic_batch:
-        batch = torch.export.Dim(BATCH, min=1, max=options.max_batch)
-        shapes: tuple[Any, ...] = tuple({0: batch} for _ in inputs)
-        parameters = inspect.signature(module.forward).parameters.values()
-        variadic = [i for i, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL]
-        if variadic and variadic[0] < len(shapes):  # *args is one argument that holds a tuple
-            shapes = (*shapes[: variadic[0]], shapes[variadic[0] :])
-        dynamic = shapes
+    dynamic = _dynamic_shapes(torch, module, inputs, options)
     with quiet(*_LOGGERS) as said:
         try:
             program = torch.onnx.export(
@@ -193,6 +369,21 @@ def _trace(torch: Any, module: Any, inputs: tuple[Any, ...], options: ExportOpti
                 f"{type(module).__name__} cannot be exported to opset {options.opset}: "
                 f"{_root_cause(error)}\n{said.getvalue()[-2000:]}".rstrip()
             ) from error
+
+
+def _dynamic_shapes(
+    torch: Any, module: Any, inputs: tuple[Any, ...], options: ExportOptions | ProgramOptions
+) -> tuple[Any, ...] | None:
+    """Axis 0 of every input as one free size, as torch.export takes it; None for fixed sizes."""
+    if not options.dynamic_batch:
+        return None
+    batch = torch.export.Dim(BATCH, min=1, max=options.max_batch)
+    shapes: tuple[Any, ...] = tuple({0: batch} for _ in inputs)
+    parameters = inspect.signature(module.forward).parameters.values()
+    variadic = [i for i, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL]
+    if variadic and variadic[0] < len(shapes):  # *args is one argument that holds a tuple
+        shapes = (*shapes[: variadic[0]], shapes[variadic[0] :])
+    return shapes
 
 
 def _check_batch_axis(proto: Any, options: ExportOptions) -> None:

@@ -51,6 +51,7 @@ from sn72engine.spec import Options, check_int
 if TYPE_CHECKING:
     from sn72engine.backends.base import Backend
     from sn72engine.model import OnnxModel
+    from sn72engine.program import TorchProgram
     from sn72engine.spec import BuildOptions
 
 Kind = Literal["hard", "soft"]
@@ -135,7 +136,7 @@ class Mismatch:
         return self.message
 
 
-def of(model: OnnxModel, options: BuildOptions, backend: Backend) -> Fingerprint:
+def of(model: OnnxModel | TorchProgram, options: BuildOptions, backend: Backend) -> Fingerprint:
     """Fingerprint of building ``model`` with ``options`` on ``backend`` on this machine.
 
     Reads the ONNX file and its external weights once, to hash them.
@@ -156,7 +157,7 @@ def of(model: OnnxModel, options: BuildOptions, backend: Backend) -> Fingerprint
     )
 
 
-def of_preprocess(model: OnnxModel) -> str:
+def of_preprocess(model: OnnxModel | TorchProgram) -> str:
     """Hash of a model's preprocessing, a fixed value when there is none."""
     return sha256_json(model.preprocess.to_dict() if model.preprocess else None)
 

@@ -310,7 +310,7 @@ def machine_facts(session: Session) -> dict[str, Any]:
     }
     if hasattr(os, "getloadavg"):
         facts["load_average"] = round(os.getloadavg()[0], 2)
-    if manifest.target != "cpu":
+    if not manifest.target.startswith("cpu"):
         import torch
 
         facts["gpu"] = torch.cuda.get_device_name(session.options.device_index)

@@ -171,7 +171,7 @@ def _find(config_name: str | Path) -> Path:
 def _check_device(cascade: Cascade, device: str) -> None:
     for spec, stage in zip(cascade.spec.stages, cascade.stages, strict=True):
         target = stage.target if isinstance(stage, EngineStage) else device
-        if (target == "cpu") != (device == "cpu"):
+        if target.startswith("cpu") != (device == "cpu"):
             raise OptionError(
                 f"stage {spec.name!r}: {spec.engine} was built for {target}, but "
                 f"device={device!r} was asked for; build it for that device or change one of them"

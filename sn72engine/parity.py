@@ -68,7 +68,7 @@ def compare(
     half = any(tensor.dtype == torch.float16 for tensor in [*inputs, *module.parameters()])
     exact = copy.deepcopy(module).float() if half else None
     for batch in batches:
-        feed = [_random(torch, tensor, batch, generator) for tensor in inputs]
+        feed = [random_like(torch, tensor, batch, generator) for tensor in inputs]
         wanted = tensors(torch, module(*feed))
         rounding = 0.0
         if exact is not None:
@@ -135,7 +135,7 @@ def refuse_mismatch(parity: Sequence[Parity], options: ExportOptions) -> None:
         )
 
 
-def _random(torch: Any, like: Any, batch: int, generator: Any) -> Any:
+def random_like(torch: Any, like: Any, batch: int, generator: Any) -> Any:
     """Seeded input shaped like one sample of ``like``: normal, or integers in its range."""
     shape = (batch, *like.shape[1:])
     if like.dtype == torch.bool:

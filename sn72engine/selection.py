@@ -48,6 +48,7 @@ from sn72engine.model import OnnxModel
 from sn72engine.session import Session
 from sn72engine.spec import (
     CPU_BACKENDS,
+    PROGRAM_BACKENDS,
     TENSORRT_BACKENDS,
     BackendName,
     BuildOptions,
@@ -164,8 +165,8 @@ def backends_here() -> tuple[BackendName, ...]:
     return tuple(
         name
         for name in names
-        if name in CPU_BACKENDS
-        or (card and (name not in _deps.DEPENDENCIES or _deps.available(name)))
+        if name not in PROGRAM_BACKENDS
+        and (name in CPU_BACKENDS or (card and _deps.available(name)))
     )
 
 

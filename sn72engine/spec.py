@@ -25,7 +25,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "nvfp4", "mxfp8", "mi
 #: What an override may ask of a layer.
 LayerPrecision = Literal["int8", "fp8", "nvfp4", "mxfp8", "float"]
 CalibrationMethod = Literal["auto", "entropy", "max", "smoothquant"]
-BackendName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
+BackendName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "inductor"]
 
 HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
 Tiling = Literal["none", "fast", "moderate", "full"]
@@ -37,6 +37,9 @@ Provider = Literal["cuda", "tensorrt"]
 
 #: Backends whose engines run on a CPU when no target is given.
 CPU_BACKENDS: tuple[BackendName, ...] = ("onnxruntime", "openvino")
+
+#: Backends that build from a program of torch.export; all others build from ONNX.
+PROGRAM_BACKENDS: tuple[BackendName, ...] = ("inductor",)
 
 #: Backends that share the TensorRT API.
 TENSORRT_BACKENDS: tuple[BackendName, ...] = ("tensorrt", "tensorrt_rtx")
@@ -444,7 +447,8 @@ class BuildOptions(Options):
     """How an ONNX file becomes an engine.
 
     Args:
-        backend: ``onnxruntime``, ``openvino``, ``tensorrt`` or ``tensorrt_rtx``.
+        backend: ``onnxruntime``, ``openvino``, ``tensorrt`` or ``tensorrt_rtx``; ``inductor``, for
+            a program of torch.export instead of an ONNX file.
         batch: batch sizes the engine must accept.
         profiles: ranges of batch sizes that TensorRT tunes separately, in ascending order and
             together covering ``batch``; () tunes ``batch`` as one. A session takes the profile
@@ -455,7 +459,7 @@ class BuildOptions(Options):
         target: what the engine is for: ``cpu``, ``cuda`` (the card present) or, for
             ``tensorrt_rtx``, compute capabilities such as ``sm_89`` or ``sm_86,sm_89,sm_120``,
             all of which one file serves. Empty chooses ``cuda`` for TensorRT and ``cpu`` for
-            ONNX Runtime and OpenVINO.
+            all others.
         workspace_bytes: limit of the builder's scratch memory; None for the backend's own.
         optimization_level: builder effort, 0 to 5; None for the backend's own.
         provider: of ONNX Runtime on a card: ``cuda``, or ``tensorrt``, which hands it to TensorRT
@@ -489,9 +493,10 @@ class BuildOptions(Options):
             )
         if len(set(cards)) != len(cards):
             raise OptionError(f"target={target!r} names one card twice")
-        if target == "cpu" and self.backend not in CPU_BACKENDS:
+        if target == "cpu" and self.backend in TENSORRT_BACKENDS:
             raise OptionError(
-                f"target='cpu' needs backend='onnxruntime' or 'openvino', not {self.backend!r}"
+                "target='cpu' needs backend='onnxruntime', 'openvino' or 'inductor', not "
+                f"{self.backend!r}"
             )
         if target and target != "cpu" and self.backend == "openvino":
             raise OptionError(f"target={target!r}: backend='openvino' builds for 'cpu' only")
@@ -539,7 +544,7 @@ class BuildOptions(Options):
         """``target`` with the empty default filled in, and several cards in ascending order."""
         if "," in self.target:
             return ",".join(sorted(self.target.split(","), key=lambda card: int(card[3:])))
-        return self.target or ("cpu" if self.backend in CPU_BACKENDS else "cuda")
+        return self.target or ("cuda" if self.backend in TENSORRT_BACKENDS else "cpu")
 
     @classmethod
     def _nested(cls) -> Mapping[str, type[Options]]:

@@ -87,7 +87,7 @@ def random_inputs(
 
 
 def _runs_here(backend: str, target: str) -> bool:
-    if backend in CPU_BACKENDS:
+    if backend in CPU_BACKENDS or target.startswith("cpu"):
         return True
     from sn72engine.backends.tensorrt_device import device_target, runs_on
 

@@ -25,6 +25,10 @@ def get_backend(name: BackendName) -> Backend:
         from sn72engine.backends.openvino import OpenVinoBackend
 
         return OpenVinoBackend()
+    if name == "inductor":
+        from sn72engine.backends.inductor import InductorBackend
+
+        return InductorBackend()
     from sn72engine.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend(name)

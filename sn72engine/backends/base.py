@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from sn72engine.engine import Engine
-from sn72engine.model import OnnxModel, TensorSpec
+from sn72engine.model import TensorSpec
 from sn72engine.spec import BackendName, BuildOptions, RuntimeOptions
 
 Array = Any
@@ -117,13 +117,15 @@ class Backend(Protocol):
 
     def build(
         self,
-        model: OnnxModel,
+        model: Any,
         options: BuildOptions,
         folder: Path,
         *,
         progress: bool | None = None,
     ) -> BuiltFiles:
         """Write the engine files for ``model`` into ``folder``.
+
+        ``model`` is an OnnxModel, or a TorchProgram for ``PROGRAM_BACKENDS``.
 
         ``progress`` shows (True), hides (False) or, on a terminal only (None), shows a bar.
 

@@ -11,6 +11,7 @@ from sn72engine.cli.outcome import Outcome, batch_range, megabytes, table
 from sn72engine.errors import OptionError
 from sn72engine.spec import (
     CPU_BACKENDS,
+    BackendName,
     BuildOptions,
     CalibrationOptions,
     Precision,
@@ -30,6 +31,7 @@ EXAMPLES = """\
   sn72engine build model.onnx --backend auto --quantized model.int8.onnx \\
       --data photos/                                # the fastest for this CPU that is right
   sn72engine build model.onnx --backend tensorrt --precision fp16     # TensorRT, this GPU
+  sn72engine build model.pt2 --backend inductor                       # PyTorch's compiler
   sn72engine build model.onnx --backend tensorrt_rtx --target sm_89 \\
       --precision fp16 --batch 1:8:32                                  # an RTX 4090, from anywhere
   sn72engine build model.onnx --backend tensorrt_rtx --target sm_86,sm_89,sm_120 \\
@@ -39,10 +41,12 @@ EXAMPLES = """\
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", type=Path, help="ONNX file, float or Q/DQ")
+    parser.add_argument(
+        "model", type=Path, help="ONNX file, float or Q/DQ; a .pt2 program for inductor"
+    )
     parser.add_argument(
         "--backend",
-        choices=("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "auto"),
+        choices=(*get_args(BackendName), "auto"),
         default=BuildOptions().backend,
         help="auto compares those that run here on --data and takes the fastest that is right",
     )
@@ -82,13 +86,15 @@ def execute(options: argparse.Namespace) -> Outcome:
     """Build through the store."""
     from sn72engine.builder import build
     from sn72engine.model import OnnxModel
+    from sn72engine.program import TorchProgram
 
     if options.backend == "auto":
         return _select(options)
     if options.data or options.quantized:
         raise OptionError("--data and --quantized belong to --backend auto")
+    kind = TorchProgram if options.model.suffix == ".pt2" else OnnxModel
     engine = build(
-        OnnxModel.open(options.model),
+        kind.open(options.model),
         BuildOptions(
             backend=options.backend,
             batch=_batch(options),
