@@ -143,6 +143,7 @@ def emulate(proto: Any) -> int:
         count += 1
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
+    _drop_unread(proto.graph)
     kept = [entry for entry in proto.opset_import if entry.domain != TRT]
     del proto.opset_import[:]
     proto.opset_import.extend(kept)
@@ -169,7 +170,11 @@ def _expand_weights(onnx: Any, proto: Any) -> None:
         held[result.name] = result
     del graph.node[:]
     graph.node.extend(kept)
-    read = {name for node in kept for name in node.input}
+    _drop_unread(graph)
+
+
+def _drop_unread(graph: Any) -> None:
+    read = {name for node in graph.node for name in node.input}
     read |= {value.name for value in graph.output}
     unread = [i for i, tensor in enumerate(graph.initializer) if tensor.name not in read]
     for index in reversed(unread):

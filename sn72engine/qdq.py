@@ -77,18 +77,6 @@ def lower_for_cpu(source: Path, target: Path) -> tuple[str, ...]:
     return emulated + _notes(plan, len(products), bool(ranges))
 
 
-def emulate_for_cpu(source: Path, target: Path) -> tuple[str, ...]:
-    """As :func:`lower_for_cpu`, but INT8 layers stay as they are.
-
-    Raises:
-        QuantizationError: see :func:`sn72engine.emulation.emulate`.
-    """
-    proto = onnx_file.load(source)
-    notes = _emulation_notes(emulation.emulate(proto))
-    onnx_file.save(proto, target)
-    return notes
-
-
 def _emulation_notes(count: int) -> tuple[str, ...]:
     if not count:
         return ()

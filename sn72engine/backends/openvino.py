@@ -43,7 +43,7 @@ from sn72engine.backends.base import Array, BuiltFiles
 from sn72engine.engine import Engine
 from sn72engine.errors import BuildError, SessionError
 from sn72engine.model import OnnxModel, TensorSpec
-from sn72engine.qdq import emulate_for_cpu, lower_for_cpu
+from sn72engine.qdq import lower_for_cpu
 from sn72engine.spec import BackendName, BuildOptions, RuntimeOptions, ShapeRange
 
 _FILE = "model.onnx"
@@ -125,13 +125,17 @@ class OpenVinoBackend:
                 "and the others would compute in float32; use precision='fp32', or quantise the "
                 "model and use 'int8'"
             )
+        if model.quantised and model.precision != "int8":
+            # Its float8 conversions do not saturate, and fail inside fused arithmetic (2026.4).
+            raise BuildError(
+                f"{model.path.name} is {model.precision}, which OpenVINO computes wrongly or not "
+                "at all on a CPU: build it with backend='onnxruntime', which emulates it"
+            )
         target = folder / _FILE
         notes: tuple[str, ...] = ()
         plan = _Plan()
         if "int8" in model.formats and _convolutional(model):
             notes = lower_for_cpu(model.path, target)
-        elif model.quantised and model.precision != "int8":
-            notes = emulate_for_cpu(model.path, target)
         else:
             onnx_file.copy(model, target)
             if model.precision == "int8":
