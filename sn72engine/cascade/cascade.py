@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -16,17 +17,18 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sn72engine.cascade.executor import Bounds, CpuExecutor, Progress, Request, Samples, log
+from sn72engine.cascade.executor import Bounds, Executor, Progress, Request, Samples, log
+from sn72engine.cascade.modes import GraphOptions, Mode, make_executor
 from sn72engine.cascade.opening import Given, enter_stages
 from sn72engine.cascade.opening import open_stages as open_stages
-from sn72engine.cascade.report import CascadeReport, Counters
+from sn72engine.cascade.report import CascadeReport, Counters, ExecutorReport
 from sn72engine.cascade.result import Result
 from sn72engine.cascade.route import as_float32
 from sn72engine.cascade.spec import CascadeSpec
 from sn72engine.decode import decode
 from sn72engine.errors import CascadeError, InputError, OptionError
 from sn72engine.events import CallEvent, Observe, notify
-from sn72engine.spec import RuntimeOptions, check_number
+from sn72engine.spec import RuntimeOptions, check_choice, check_number
 from sn72engine.stages.base import Size, Stage
 
 if TYPE_CHECKING:
@@ -60,10 +62,14 @@ class Cascade:
             ``spec`` that name no engine, OCR or VLM. The cascade does not close these.
         runtime: how engines are run.
         observe: is told of every call, see :mod:`sn72engine.events`.
+        mode: ``auto``, ``cpu``, ``host`` or ``device``, see :mod:`sn72engine.cascade.modes`;
+            :meth:`report` says what was chosen and why.
+        graphs: how stages are captured in CUDA graphs.
 
     Raises:
         OptionError: ``stages`` does not fit ``spec``, or an engine cannot be a stage.
-        Sn72Error: a stage cannot be loaded or warmed up.
+        CudaUnavailableError: ``mode`` is ``host`` or ``device``, and there is no usable GPU.
+        Sn72Error: a stage cannot be loaded, warmed up or, with such a mode, captured.
     """
 
     def __init__(
@@ -73,7 +79,10 @@ class Cascade:
         *,
         runtime: RuntimeOptions | None = None,
         observe: Observe | None = None,
+        mode: Mode = "auto",
+        graphs: GraphOptions | None = None,
     ) -> None:
+        check_choice("mode", mode, Mode)
         self._spec = spec
         #: Is told of every call; may be changed at any time.
         self.observe = observe
@@ -86,7 +95,9 @@ class Cascade:
         self._owned = tuple(name not in given for name in by_name)
         self._needs = largest_need([stage.needs for stage in self._stages])
         self._bounds = [_bounds(stage.thresholds, None, stage.name) for stage in spec.stages]
-        self._executor = CpuExecutor(spec, self._stages)
+        self._executor, self._executor_report = self._make_executor(
+            mode, graphs or GraphOptions(), runtime
+        )
         self._counters = Counters(spec.stages)
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
@@ -178,7 +189,7 @@ class Cascade:
 
     def report(self) -> CascadeReport:
         """Thresholds, exits, escalations, failures and time of each stage since start."""
-        return self._counters.report()
+        return dataclasses.replace(self._counters.report(), executor=self._executor_report())
 
     def close(self) -> None:
         """Refuse new calls, cancel those in line, wait for those running, close the stages.
@@ -212,6 +223,18 @@ class Cascade:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _make_executor(
+        self, mode: Mode, graphs: GraphOptions, runtime: RuntimeOptions | None
+    ) -> tuple[Executor, Callable[[], ExecutorReport]]:
+        device = 0 if runtime is None else runtime.device_index
+        try:
+            return make_executor(self._spec, self._stages, mode, graphs, device=device)
+        except BaseException:
+            for stage, owned in zip(self._stages, self._owned, strict=True):
+                if owned:
+                    stage.close()
+            raise
 
     def _request(
         self,

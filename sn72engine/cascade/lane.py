@@ -16,6 +16,7 @@ sources         both      one row per image for each kind of row that the stages
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,32 +81,25 @@ class Lane:
         self.stages = tuple(stages)
         self.number = number
         self.capacity = stages[0].buckets[-1]
-        self._device_memory: list[int] = []
-        self._pinned_memory: list[int] = []
         self._layouts = {
             "parameters": _parameters(self.capacity, len(stages)),
             "work": _work(self.capacity, len(stages), max(s.buckets[-1] for s in stages)),
             "answers": _answers(self.capacity, len(stages)),
         }
-        self._device = {name: self.allocate(d.itemsize) for name, d in self._layouts.items()}
-        self._pinned = {
-            name: self._allocate_pinned(self._layouts[name].itemsize)
-            for name in ("parameters", "answers")
-        }
-        #: Host views of the pinned copies; ``answers`` is valid once :attr:`answered` is reached.
-        self.parameters = _view(self._pinned["parameters"], self._layouts["parameters"], 1)[0]
-        self.answers = _view(self._pinned["answers"], self._layouts["answers"], 1)[0]
-        self.stream = driver.new_stream()
-        #: Events: a decision, and the answers, have arrived on the host.
-        self.decided = driver.new_event()
-        self.answered = driver.new_event()
-        self._sources: dict[Rows, tuple[Buffer, int, NDArray[Any]]] = {}
-        for stage in stages:
-            self._add_source(stage.offer)
-        #: By position of the stage and number of rows.
-        self.programs: dict[tuple[int, int], Program] = {}
-        for at, stage in enumerate(stages):
-            self._capture(store, at, stage)
+        #: Releases what has been allocated, the last first.
+        self._held = contextlib.ExitStack()
+        try:
+            self._allocate_pieces()
+            self._sources: dict[Rows, tuple[Buffer, int, NDArray[Any]]] = {}
+            for stage in stages:
+                self._add_source(stage.offer)
+            #: By position of the stage and number of rows.
+            self.programs: dict[tuple[int, int], Program] = {}
+            for at, stage in enumerate(stages):
+                self._capture(store, at, stage)
+        except BaseException:
+            self._held.close()
+            raise
 
     @property
     def sources(self) -> dict[Rows, NDArray[Any]]:
@@ -150,27 +144,36 @@ class Lane:
     def allocate(self, size: int) -> int:
         """Device memory that is released with the lane."""
         address = self.driver.allocate(size)
-        self._device_memory.append(address)
+        self._held.callback(self.driver.free, address)
         return address
 
     def close(self) -> None:
         """Release everything. Nothing may be running; calling it twice is allowed."""
-        for address in self._device_memory:
-            self.driver.free(address)
-        for address in self._pinned_memory:
-            self.driver.free_host(address)
-        if self._device_memory:
-            self.driver.destroy_event(self.decided)
-            self.driver.destroy_event(self.answered)
-            self.driver.destroy_stream(self.stream)
-        self._device_memory.clear()
-        self._pinned_memory.clear()
+        self._held.close()
         self._sources.clear()
         self.programs.clear()
 
+    def _allocate_pieces(self) -> None:
+        driver = self.driver
+        self._device = {name: self.allocate(d.itemsize) for name, d in self._layouts.items()}
+        self._pinned = {
+            name: self._allocate_pinned(self._layouts[name].itemsize)
+            for name in ("parameters", "answers")
+        }
+        #: Host views of the pinned copies; ``answers`` is valid once :attr:`answered` is reached.
+        self.parameters = _view(self._pinned["parameters"], self._layouts["parameters"], 1)[0]
+        self.answers = _view(self._pinned["answers"], self._layouts["answers"], 1)[0]
+        self.stream = driver.new_stream()
+        self._held.callback(driver.destroy_stream, self.stream)
+        #: Events: a decision, and the answers, have arrived on the host.
+        self.decided = driver.new_event()
+        self._held.callback(driver.destroy_event, self.decided)
+        self.answered = driver.new_event()
+        self._held.callback(driver.destroy_event, self.answered)
+
     def _allocate_pinned(self, size: int) -> int:
         address = self.driver.allocate_host(size)
-        self._pinned_memory.append(address)
+        self._held.callback(self.driver.free_host, address)
         return address
 
     def _add_source(self, offer: Capturable) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sn72engine.cascade.spec import StageSpec, parallel_groups
@@ -53,6 +53,39 @@ class StageReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ExecutorReport:
+    """Which executor runs a cascade, and why; see :mod:`sn72engine.cascade.modes`.
+
+    ``captured`` names the stages that run as CUDA graphs, ``lanes`` is how many batches can be on
+    the GPU at a time, and ``bytes`` the device memory that capturing added, by stage and number
+    of rows.
+    """
+
+    mode: str
+    reason: str
+    captured: tuple[str, ...] = ()
+    lanes: int = 0
+    bytes: Mapping[tuple[str, int], int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "mode": self.mode,
+            "reason": self.reason,
+            "captured": list(self.captured),
+            "lanes": self.lanes,
+            "bytes": [
+                {"stage": stage, "rows": rows, "bytes": size}
+                for (stage, rows), size in self.bytes.items()
+            ],
+        }
+
+    def __str__(self) -> str:
+        captured = f", captured: {', '.join(self.captured)}" if self.captured else ""
+        return f"executor {self.mode}{captured} ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True)
 class CascadeReport:
     """A cascade since start.
 
@@ -64,10 +97,12 @@ class CascadeReport:
     samples: int
     own_seconds: float
     stages: tuple[StageReport, ...]
+    executor: ExecutorReport = ExecutorReport("cpu", "")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(dataclasses.replace(self, executor=ExecutorReport("", "")))
+        return values | {"executor": self.executor.to_dict()}
 
     def __str__(self) -> str:
         header = (
@@ -85,7 +120,7 @@ class CascadeReport:
             f"{self.calls} calls, {self.samples} samples, "
             f"{1e3 * self.own_seconds / max(self.calls, 1):.3f} ms a call in the cascade itself"
         )
-        return "\n".join([header, *rows, total])
+        return "\n".join([header, *rows, total, str(self.executor)])
 
 
 class Counters:

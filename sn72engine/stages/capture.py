@@ -93,6 +93,11 @@ class Capturable(Protocol):
         """What one row of its input is."""
         ...
 
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Fewest and most rows that it can be bound with."""
+        ...
+
     def load(self, image: Image, out: NDArray[Any]) -> None:
         """Make the row of an image, on the host; ``out`` has the shape and dtype of :attr:`rows`.
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sn72engine.errors import OptionError
+from sn72engine.errors import CudaUnavailableError, OptionError
 from sn72engine.preprocessing import required_size
 from sn72engine.session import Session
 from sn72engine.stages.base import Image, StageScores
 from sn72engine.stages.scoring import Score, to_scores
+from sn72engine.stages.tensor_offer import TensorOffer
+
+if TYPE_CHECKING:
+    import torch
 
 
 class EngineStage:
@@ -42,6 +47,7 @@ class EngineStage:
                 "export the model without the others"
             )
         self._session = session
+        self._lanes: dict[int, Session] = {}
         self._score: Score = score
         self._positive = positive
         self.needs = required_size(session.preprocess)
@@ -65,6 +71,44 @@ class EngineStage:
         outputs = self._session.infer_images(images)
         return to_scores(outputs, self._score, positive=self._positive)
 
+    def offer_capture(self, device: int) -> TensorOffer:
+        """The engine's work on that GPU, in a session of its own for each lane.
+
+        Raises:
+            CudaUnavailableError: the engine does not run there.
+        """
+        session = self._session
+        preprocess, index = session.preprocess, session.options.device_index
+        assert preprocess is not None  # checked when the stage was made
+        if self.target == "cpu" or index != device:
+            where = "the CPU" if self.target == "cpu" else f"cuda:{index}"
+            raise CudaUnavailableError(f"its engine runs on {where}, not on cuda:{device}")
+        return TensorOffer(
+            self._bind,
+            preprocess,
+            self._score,
+            positive=self._positive,
+            device=f"cuda:{device}",
+            limits=(session.manifest.batch.min, session.manifest.batch.max),
+        )
+
     def close(self) -> None:
-        """Close the session."""
+        """Close the session and those of the lanes."""
+        for lane in self._lanes.values():
+            lane.close()
+        self._lanes.clear()
         self._session.close()
+
+    def _bind(self, rows: torch.Tensor, lane: int) -> Callable[[], torch.Tensor]:
+        # Bindings of one session share scratch memory; those of two lanes must not.
+        session = self._lanes.get(lane)
+        if session is None:
+            session = self._lanes[lane] = self._session.clone()
+        bound = session.bind({session.inputs[0].name: rows})
+
+        def call() -> torch.Tensor:
+            bound()
+            output: torch.Tensor = bound.outputs[session.outputs[0].name]
+            return output
+
+        return call

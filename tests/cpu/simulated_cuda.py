@@ -111,6 +111,10 @@ class SimulatedCuda:
         self._pinned.remove(address)
         self.free(address)
 
+    def adopt(self, address: int, size: int) -> None:
+        """Memory that somebody else holds, such as a tensor's."""
+        self._memory[address] = (None, size)
+
     @property
     def allocations(self) -> int:
         return len(self._memory)
@@ -401,6 +405,7 @@ class ColumnOffer:
         from_logits: bool = False,
     ) -> None:
         self.rows = rows
+        self.limits = (1, 1 << 30)
         self._cuda = cuda
         self._column, self._label = column, label
         self._dtype, self._stride = np.dtype(dtype), stride
