@@ -8,6 +8,8 @@ What a capture must keep to, and where it is seen to:
   (:meth:`GraphStore.capture`).
 - Graphs of one stage and lane share a memory pool, because a sample batch uses one of them at a
   time. Nothing else shares one (:meth:`GraphStore.capture`).
+- cuBLAS keeps a workspace for each stream. Graphs of two lanes would write to the same one at the
+  same time, so each capture gets its own, from its pool (:class:`TorchCapturer`).
 - PyTorch's ``cudaMallocAsync`` backend would put allocation nodes into the graph; it is refused
   (:class:`TorchCapturer`).
 - What cannot stand in the body of a conditional node is counted (:attr:`Captured.forbidden`).
@@ -201,6 +203,9 @@ class TorchCapturer:
         """Record on the capture stream; only this thread's unsafe calls break the capture."""
         torch = self._torch
         graph = torch.cuda.CUDAGraph(keep_graph=True)
+        # Before: so that a workspace is allocated while capturing. After: so that nobody else uses
+        # it once it belongs to the graph.
+        torch._C._cuda_clearCublasWorkspaces()
         with (
             torch.cuda.device(self._device),
             torch.inference_mode(),
@@ -209,6 +214,7 @@ class TorchCapturer:
             ),
         ):
             call()
+        torch._C._cuda_clearCublasWorkspaces()
         return int(graph.raw_cuda_graph()), graph
 
     def reserved_bytes(self) -> int:
