@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from sn72engine.layer_profile import profile as profile
     from sn72engine.metrics import Metrics as Metrics
     from sn72engine.miner import RoadworkDetector as RoadworkDetector
+    from sn72engine.mixing import MixOptions as MixOptions
+    from sn72engine.mixing import Mixture as Mixture
+    from sn72engine.mixing import mix as mix
     from sn72engine.model import OnnxModel as OnnxModel
     from sn72engine.pool import SessionPool as SessionPool
     from sn72engine.preprocessing import preprocess as preprocess
@@ -95,6 +98,8 @@ _EXPORTS = {
     "Manifest": "engine",
     "Metrics": "metrics",
     "MicroBatcher": "batching",
+    "MixOptions": "mixing.options",
+    "Mixture": "mixing.mixture",
     "OnnxModel": "model",
     "Preprocess": "spec",
     "ProfileOptions": "layer_profile",
@@ -129,6 +134,7 @@ _EXPORTS = {
     "interleave": "latency",
     "labelled": "calibration",
     "load": "session",
+    "mix": "mixing.mixer",
     "preprocess": "preprocessing",
     "profile": "layer_profile",
     "quantize": "quantizer",

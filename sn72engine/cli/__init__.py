@@ -31,6 +31,7 @@ COMMANDS = (
     "doctor",
     "export",
     "quantize",
+    "mix",
     "build",
     "refit",
     "verify",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
+from sn72engine.cli.judging import judging_data
 from sn72engine.cli.outcome import Outcome, engine_folder
-from sn72engine.errors import OptionError
 from sn72engine.spec import CalibrationOptions, VerifyOptions
 
 SUMMARY = "compare an engine with the one it replaces: accuracy and speed, in one run"
@@ -38,27 +37,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> Outcome:
     """Verify and record the outcome in the manifest; exit code 5 when refused."""
-    from sn72engine.calibration import batches, labelled
-    from sn72engine.samples import spread
     from sn72engine.session import load
     from sn72engine.store import Store
     from sn72engine.verifier import verify
 
     folder = engine_folder(options.engine)
     with load(folder) as candidate, load(engine_folder(options.reference)) as reference:
-        if candidate.preprocess is None and options.data.suffix != ".npz":
-            raise OptionError(f"{folder} holds no preprocessing; give the data as .npz")
-        source: Any = options.data
-        labels = None
-        if options.labels:
-            paths, labels = labelled(options.data, options.split)
-            chosen = list(spread(len(paths), options.limit))
-            source, labels = [paths[i] for i in chosen], labels[chosen]
-        data = batches(
-            source,
+        data, labels = judging_data(
+            options.data,
             candidate.preprocess,
             CalibrationOptions(limit=options.limit, minimum=1),
+            labels=options.labels,
             split=options.split,
+            owner=folder,
         )
         report = verify(
             candidate,
