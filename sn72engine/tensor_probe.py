@@ -214,7 +214,7 @@ def _manifest_of(
         raise InputError(f"{model.path.name} takes batch {fixed} only; compare with batch={fixed}")
     target = "cpu"
     if backend not in CPU_BACKENDS:
-        from sn72engine.backends.tensorrt import device_target
+        from sn72engine.backends.tensorrt_device import device_target
 
         present = device_target()
         if present is None:

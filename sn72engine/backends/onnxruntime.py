@@ -9,7 +9,7 @@ thread: 18 ms to open the plain file, 18 ms the portable one, 11 ms the one tied
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +123,32 @@ class OnnxRuntimeBackend:
         Raises:
             SessionError: ONNX Runtime refuses the file, or lacks the provider for it.
         """
-        ort = _onnxruntime()
         manifest = engine.manifest
-        setting = Setting.of(
-            manifest.target, manifest.precision, manifest.batch, manifest.build_options
-        )
-        providers.check(ort, setting.kind, SessionError)
-        model = OnnxModel(engine.path, manifest.inputs, manifest.outputs)
-        session = _open(ort, model, setting, options, SessionError)
+        session = open_session(engine, options)
         return OnnxRuntimeRunner(session, manifest.inputs, manifest.outputs)
+
+
+def open_session(
+    engine: Engine, options: RuntimeOptions, adjust: Callable[[Any], None] | None = None
+) -> Any:
+    """ONNX Runtime's own session of an engine, for what a runner does not show.
+
+    Args:
+        engine: what to open.
+        options: how it is run.
+        adjust: may change the ``SessionOptions``, to switch the profiler on, say.
+
+    Raises:
+        SessionError: ONNX Runtime refuses the file, or lacks the provider for it.
+    """
+    ort = _onnxruntime()
+    manifest = engine.manifest
+    setting = Setting.of(
+        manifest.target, manifest.precision, manifest.batch, manifest.build_options
+    )
+    providers.check(ort, setting.kind, SessionError)
+    model = OnnxModel(engine.path, manifest.inputs, manifest.outputs)
+    return _open(ort, model, setting, options, SessionError, adjust)
 
 
 class OnnxRuntimeRunner:
@@ -191,6 +208,7 @@ def _open(
     setting: Setting,
     options: RuntimeOptions,
     error_type: providers.Failure,
+    adjust: Callable[[Any], None] | None = None,
 ) -> Any:
     settings = ort.SessionOptions()
     settings.log_severity_level = _LOG_ERRORS
@@ -198,6 +216,8 @@ def _open(
     spinning = "1" if options.spinning else "0"
     settings.add_session_config_entry("session.intra_op.allow_spinning", spinning)
     settings.add_session_config_entry("session.inter_op.allow_spinning", spinning)
+    if adjust is not None:
+        adjust(settings)
     try:
         session = ort.InferenceSession(
             str(model.path),

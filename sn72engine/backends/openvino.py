@@ -31,7 +31,6 @@ writes the decision into the engine file, so that a copy of the engine computes 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +41,7 @@ from sn72engine.backends.advice import explain
 from sn72engine.backends.base import Array, BuiltFiles
 from sn72engine.engine import Engine
 from sn72engine.errors import BuildError, SessionError
+from sn72engine.layers import is_convolutional
 from sn72engine.model import OnnxModel, TensorSpec
 from sn72engine.qdq import lower_for_cpu
 from sn72engine.spec import BackendName, BuildOptions, RuntimeOptions, ShapeRange
@@ -134,7 +134,7 @@ class OpenVinoBackend:
         target = folder / _FILE
         notes: tuple[str, ...] = ()
         plan = _Plan()
-        if "int8" in model.formats and _convolutional(model):
+        if "int8" in model.formats and is_convolutional(onnx_file.skeleton(model.path)):
             notes = lower_for_cpu(model.path, target)
         else:
             onnx_file.copy(model, target)
@@ -157,11 +157,27 @@ class OpenVinoBackend:
         Raises:
             SessionError: OpenVINO refuses the file.
         """
-        manifest = engine.manifest
-        compiled = _compile(
-            _openvino(), engine.path, manifest.inputs, manifest.batch, options, SessionError
-        )
-        return OpenVinoRunner(compiled, manifest.inputs, manifest.outputs)
+        compiled = compile_engine(engine, options)
+        return OpenVinoRunner(compiled, engine.manifest.inputs, engine.manifest.outputs)
+
+
+def compile_engine(
+    engine: Engine, options: RuntimeOptions, more: Mapping[str, Any] | None = None
+) -> Any:
+    """OpenVINO's own compiled model of an engine, for what a runner does not show.
+
+    Args:
+        engine: what to open.
+        options: how it is run.
+        more: properties of OpenVINO beside those that a runner's model is compiled with.
+
+    Raises:
+        SessionError: OpenVINO refuses the file.
+    """
+    manifest = engine.manifest
+    return _compile(
+        _openvino(), engine.path, manifest.inputs, manifest.batch, options, SessionError, more
+    )
 
 
 class OpenVinoRunner:
@@ -232,14 +248,6 @@ def _read_plan(model: Any) -> _Plan:
     return _Plan(**json.loads(model.get_rt_info(place).astype(str)))
 
 
-def _convolutional(model: OnnxModel) -> bool:
-    """Whether a model has more convolutions than matrix products."""
-    onnx = _deps.require("onnx", purpose="read an ONNX file")
-    graph = onnx.load(model.path, load_external_data=False).graph
-    counts = Counter(node.op_type for node in graph.node)
-    return counts["Conv"] > counts["MatMul"] + counts["Gemm"]
-
-
 def _leave_extremes_in_float(path: Path) -> tuple[str, ...]:
     """Take Q/DQ pairs off maxima and minima, which OpenVINO gets wrong.
 
@@ -295,6 +303,7 @@ def _compile(
     batch: ShapeRange,
     options: RuntimeOptions,
     error_type: type[BuildError] | type[SessionError],
+    more: Mapping[str, Any] | None = None,
 ) -> Any:
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -302,6 +311,7 @@ def _compile(
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         # Pinned threads of two sessions would share the first cores and leave the others idle.
         "ENABLE_CPU_PINNING": False,
+        **(more or {}),
     }
     if options.threads is not None:
         settings["INFERENCE_NUM_THREADS"] = options.threads

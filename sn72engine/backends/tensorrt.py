@@ -18,8 +18,7 @@ from sn72engine import _deps
 from sn72engine.backends.base import BuiltFiles
 from sn72engine.backends.tensorrt_build import attach_timing_cache, merge, run_builder
 from sn72engine.backends.tensorrt_config import add_profiles, configure, refuse
-from sn72engine.backends.tensorrt_device import device_target as device_target
-from sn72engine.backends.tensorrt_device import runs_on
+from sn72engine.backends.tensorrt_device import device_target, runs_on
 from sn72engine.backends.tensorrt_log import advise, explain, make_logger, warnings
 from sn72engine.backends.tensorrt_plugin import fuse, register
 from sn72engine.backends.tensorrt_refit import refitted

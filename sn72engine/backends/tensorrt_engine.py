@@ -163,6 +163,12 @@ class LoadedEngine:
         size: int = self._engine.device_memory_size_v2
         return size
 
+    def describe(self) -> str:
+        """The layers in JSON, as far as ``ProfilingVerbosity`` had them kept at build time."""
+        inspector = self._engine.create_engine_inspector()
+        text: str = inspector.get_engine_information(self.trt.LayerInformationFormat.JSON)
+        return text
+
     def keep_kernels(self) -> None:
         """Write the kernels compiled so far to the runtime cache."""
         if self._cache is not None:

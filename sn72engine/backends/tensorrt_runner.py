@@ -151,6 +151,21 @@ class TensorRTRunner:
             buffers=sum(b.numel() * b.element_size() for b in self._buffers.values()),
         )
 
+    def describe(self) -> str:
+        """The engine's layers in JSON, by TensorRT's engine inspector."""
+        loaded = self._open()
+        with self._device.current():
+            return loaded.describe()
+
+    def report_times_to(self, take: Callable[[str, float], None]) -> None:
+        """Have ``take`` told the name and milliseconds of each layer, in every call that follows.
+
+        It concerns the profiles that were used so far: run it once before.
+        """
+        profiler = make_profiler(self._open().trt, take)
+        for context in self._contexts.values():
+            context.profiler = profiler
+
     def close(self) -> None:
         """Wait for work under way, then release the contexts, the buffers and the engine."""
         loaded, self._loaded = self._loaded, None
@@ -238,6 +253,16 @@ def _failed(error: RuntimeError, loaded: LoadedEngine) -> SessionError:
             f"not enough device memory to run: lower the batch, or hold fewer sessions ({text})"
         )
     return SessionError(f"TensorRT failed while running: {text}; {loaded.explain()}")
+
+
+def make_profiler(trt: Any, take: Callable[[str, float], None]) -> Any:
+    """An ``IProfiler`` that hands on the name and the milliseconds of each layer."""
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            take(layer_name, ms)
+
+    return Profiler()
 
 
 def make_allocator(trt: Any, device: Device) -> Any:

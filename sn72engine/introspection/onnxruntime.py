@@ -1,6 +1,6 @@
 """ONNX Runtime: the graph that it makes of a file, and its own profiler.
 
-Both come from a second session with the settings and providers of the first.
+Both come from a session like the one that a runner has, but for the settings that they need.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sn72engine import _deps
-from sn72engine.backends import get_backend
+from sn72engine.backends.onnxruntime import open_session
 from sn72engine.engine import Engine
 from sn72engine.introspection import onnx_graph
 from sn72engine.introspection.layer import Layer, LayerRun, TimedRun
@@ -31,14 +31,14 @@ def layers(engine: Engine) -> list[Layer]:
     with tempfile.TemporaryDirectory(prefix="sn72-inspect-") as folder:
         path = Path(folder) / "optimised.onnx"
 
-        def configure(settings: Any) -> None:
+        def adjust(settings: Any) -> None:
             settings.optimized_model_filepath = str(path)
             for name, value in (("file_name", "weights"), ("min_size_in_bytes", "1024")):
                 settings.add_session_config_entry(
                     f"session.optimized_model_external_initializers_{name}", value
                 )
 
-        session = _second(engine, RuntimeOptions(), configure)
+        session = open_session(engine, RuntimeOptions(), adjust)
         proto = onnx.load(path, load_external_data=False)
     providers = session.get_providers()
     # With one provider every node is its; with more the profiler tells.
@@ -69,28 +69,15 @@ def timed_runs(
     """Times of ONNX Runtime's profiler, in whole microseconds."""
     with tempfile.TemporaryDirectory(prefix="sn72-profile-") as folder:
 
-        def configure(settings: Any) -> None:
+        def adjust(settings: Any) -> None:
             settings.enable_profiling = True
             settings.profile_file_prefix = str(Path(folder) / "run")
 
-        session = _second(engine, options, configure)
+        session = open_session(engine, options, adjust)
         for _ in range(runs):
             session.run(None, dict(inputs))
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     return _split(events)
-
-
-def _second(engine: Engine, options: RuntimeOptions, configure: Any) -> Any:
-    """A session like the one that the backend opens, but for what ``configure`` changes."""
-    ort = _deps.require("onnxruntime", purpose="look into an ONNX Runtime engine")
-    runner: Any = get_backend("onnxruntime").open(engine, options)
-    session = runner._session
-    settings, providers = session.get_session_options(), session.get_provider_options()
-    configure(settings)
-    runner.close()
-    return ort.InferenceSession(
-        str(engine.path), settings, providers=[(name, providers[name]) for name in providers]
-    )
 
 
 def _split(events: list[dict[str, Any]]) -> list[TimedRun]:

@@ -6,20 +6,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from sn72engine import _deps
-from sn72engine.backends import get_backend
+from sn72engine.backends.openvino import compile_engine
 from sn72engine.engine import Engine
 from sn72engine.introspection.layer import Layer, LayerRun, TimedRun
 from sn72engine.spec import RuntimeOptions
-
-#: Settings that a compiled model tells and that another one can be given.
-_SETTINGS = (
-    "PERFORMANCE_HINT",
-    "INFERENCE_PRECISION_HINT",
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE",
-    "ENABLE_CPU_PINNING",
-    "INFERENCE_NUM_THREADS",
-)
 
 #: OpenVINO's name of a type -> NumPy's.
 _TYPES = {
@@ -39,9 +29,9 @@ _DATA = ("Const", "Input", "Output")
 
 def layers(engine: Engine) -> list[Layer]:
     """Layers of the compiled model, with kernels and the layers of the file each stands for."""
-    runner: Any = get_backend("openvino").open(engine, RuntimeOptions())
+    compiled = compile_engine(engine, RuntimeOptions())
     found = []
-    for node in runner._compiled.get_runtime_model().get_ordered_ops():
+    for node in compiled.get_runtime_model().get_ordered_ops():
         facts = node.get_rt_info()
         told = {name: str(facts[name].astype(str)) for name in facts}
         if told["layerType"] in _DATA:
@@ -59,7 +49,6 @@ def layers(engine: Engine) -> list[Layer]:
                 runs_on=told["primitiveType"],
             )
         )
-    runner.close()
     return found
 
 
@@ -67,18 +56,7 @@ def timed_runs(
     engine: Engine, inputs: Mapping[str, Any], runs: int, options: RuntimeOptions
 ) -> list[TimedRun]:
     """Times of the performance counters; OpenVINO tells durations, not when each began."""
-    openvino = _deps.require("openvino", purpose="time the layers of an OpenVINO engine")
-    runner: Any = get_backend("openvino").open(engine, options)
-    compiled = runner._compiled
-    settings = {name: compiled.get_property(name) for name in _SETTINGS}
-    core = openvino.Core()
-    model = core.read_model(engine.path)
-    # As the backend compiled it: for one batch size, or for any.
-    model.reshape({port.get_any_name(): port.get_partial_shape() for port in compiled.inputs})
-    runner.close()
-    request = core.compile_model(
-        model, "CPU", {**settings, "PERF_COUNT": True}
-    ).create_infer_request()
+    request = compile_engine(engine, options, {"PERF_COUNT": True}).create_infer_request()
     found = []
     for _ in range(runs):
         started = time.perf_counter()

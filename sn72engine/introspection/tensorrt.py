@@ -13,8 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from sn72engine import _deps
-from sn72engine.backends import get_backend
+from sn72engine.backends.tensorrt import TensorRTBackend
 from sn72engine.engine import Engine
 from sn72engine.introspection.layer import Layer, LayerRun, TimedRun
 from sn72engine.spec import RuntimeOptions
@@ -39,11 +38,9 @@ _ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
 def layers(engine: Engine) -> list[Layer]:
     """Layers of the engine, with kernels and the layers of the file that each stands for."""
-    runner: Any = get_backend(engine.manifest.backend).open(engine, RuntimeOptions())
+    runner = TensorRTBackend(engine.manifest.backend).open(engine, RuntimeOptions())
     try:
-        trt = _deps.require(engine.manifest.backend, purpose="inspect an engine")
-        inspector = runner._open()._engine.create_engine_inspector()
-        return parse(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+        return parse(runner.describe())
     finally:
         runner.close()
 
@@ -79,40 +76,20 @@ def timed_runs(
     engine: Engine, inputs: Mapping[str, Any], runs: int, options: RuntimeOptions
 ) -> list[TimedRun]:
     """Times of TensorRT's profiler; it tells durations, not when each began."""
-    backend = get_backend(engine.manifest.backend)
-    trt = _deps.require(engine.manifest.backend, purpose="time the layers of an engine")
-    runner: Any = backend.open(engine, options)
+    runner = TensorRTBackend(engine.manifest.backend).open(engine, options)
     try:
-        profiler = make_profiler(trt)
         runner.run(dict(inputs))  # makes the context, and pays for what is set up lazily
-        for context in runner._contexts.values():
-            context.profiler = profiler
-        found = []
+        found, taken = [], list[LayerRun]()
+        runner.report_times_to(lambda name, ms: taken.append(LayerRun(name, "", ms * 1e3)))
         for _ in range(runs):
-            profiler.taken.clear()
+            taken.clear()
             started = time.perf_counter()
             runner.run(dict(inputs))
             seconds = time.perf_counter() - started
-            found.append(TimedRun(tuple(profiler.taken), seconds * 1e6))
+            found.append(TimedRun(tuple(taken), seconds * 1e6))
         return found
     finally:
         runner.close()
-
-
-def make_profiler(trt: Any) -> Any:
-    """A TensorRT profiler that keeps what it is told in ``taken``, in order."""
-
-    class Profiler(trt.IProfiler):  # type: ignore[misc]
-        """Keeps the time of each layer of the last run."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.taken: list[LayerRun] = []
-
-        def report_layer_time(self, layer_name: str, ms: float) -> None:
-            self.taken.append(LayerRun(layer_name, "", ms * 1e3))
-
-    return Profiler()
 
 
 def _precision(tensor: Mapping[str, Any]) -> str:

@@ -39,6 +39,7 @@ OWNERS: dict[str, dict[str, str]] = {
         "config": "IRuntimeConfig",
         "context": "IExecutionContext",
         "_cached": "IRuntimeCache",
+        "inspector": "EngineInspector",
     },
     "backends/tensorrt_log.py": {},
     "backends/tensorrt_plugin.py": {"trtp": "plugin"},
@@ -50,11 +51,7 @@ OWNERS: dict[str, dict[str, str]] = {
         "wanted": "ISerializationConfig",
     },
     "backends/tensorrt_runner.py": {"context": "IExecutionContext"},
-    "introspection/tensorrt.py": {
-        "_engine": "ICudaEngine",
-        "context": "IExecutionContext",
-        "inspector": "EngineInspector",
-    },
+    "introspection/tensorrt.py": {},
 }
 
 #: What exists in one library only, and is used for that one only.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sn72engine import inspection
+from sn72engine.backends.tensorrt_runner import make_profiler
 from sn72engine.builder import build
 from sn72engine.engine import Engine
 from sn72engine.errors import InputError
@@ -116,18 +117,11 @@ def test_the_inspectors_json_of_both_generations() -> None:
 
 def test_the_profiler_for_tensorrt_is_one_of_its_own() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    profiler = tensorrt.make_profiler(trt)
+    told: list[tuple[str, float]] = []
+    profiler = make_profiler(trt, lambda name, ms: told.append((name, ms)))
     assert isinstance(profiler, trt.IProfiler)
     profiler.report_layer_time("conv", 0.25)
-    (run,) = profiler.taken
-    assert (run.name, run.duration, run.start) == ("conv", 250.0, None)
-    for owner, name in (
-        (trt.ICudaEngine, "create_engine_inspector"),
-        (trt.EngineInspector, "get_engine_information"),
-        (trt.LayerInformationFormat, "JSON"),
-        (trt.IExecutionContext, "profiler"),
-    ):
-        assert hasattr(owner, name)
+    assert told == [("conv", 0.25)]
 
 
 def test_a_report_lists_layers_and_says_where_they_are_from(tmp_path: Path) -> None:

@@ -28,6 +28,10 @@ from sn72engine.backends.tensorrt_engine import LoadedEngine, Profile, nearest
 from sn72engine.builder import build
 from sn72engine.engine import Engine, EngineFile, Manifest
 from sn72engine.errors import InputError, SessionError
+from sn72engine.introspection import layers_of, timed_runs
+from sn72engine.introspection.layer import Layer, LayerRun
+from sn72engine.layer_profile import ProfileOptions
+from sn72engine.layer_profile import profile as profile_layers
 from sn72engine.model import TensorSpec
 from sn72engine.pool import SessionPool
 from sn72engine.session import Session
@@ -137,6 +141,7 @@ def library_of(session: Session) -> Library:
 def test_the_fake_has_the_names_and_parameters_of_the_library(surface: Any) -> None:
     library = Library(double)
     for kind in (
+        fake_tensorrt.EngineInspector,
         fake_tensorrt.ICudaEngine,
         fake_tensorrt.IExecutionContext,
         fake_tensorrt.IRuntimeConfig,
@@ -619,3 +624,20 @@ def test_a_lean_runtime_that_does_not_load(opened: Opened, tmp_path: Path) -> No
     (tmp_path / "lean.so").write_bytes(b"")
     with pytest.raises(SessionError, match=r"lean\.so' cannot be loaded: .*not a runtime"):
         opened(plan(), options=RuntimeOptions(lean_runtime=str(tmp_path / "lean.so")))
+
+
+# What the library tells of itself
+
+
+def test_the_layers_and_their_times_are_the_librarys(opened: Opened) -> None:
+    library = Library(double)
+    session = opened(plan(), library=library)
+    assert layers_of(session.engine) == (Layer("doubled", "Fake"),)
+    runs = timed_runs(session.engine, {"x": some(2)}, 3, RuntimeOptions())
+    assert [run.layers for run in runs] == [(LayerRun("doubled", "", 500.0),)] * 3
+    assert all(run.duration > 0 for run in runs)
+    found = profile_layers(session.engine, ProfileOptions(warmup=0, repeats=2))
+    # The profiler tells no types; the inspector does.
+    assert [(layer.op, layer.ms) for layer in found.layers] == [("Fake", 0.5)]
+    session(some(1))
+    assert library.contexts[0].profiler is None  # the session's own calls are not timed
