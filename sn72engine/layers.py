@@ -99,9 +99,9 @@ def choose(proto: Any, options: QuantizeOptions) -> Choice:
 
 
 def is_convolutional(proto: Any) -> bool:
-    """Whether a graph has more convolutions than matrix products."""
+    """Whether a graph has at least as many convolutions as matrix products."""
     counts = Counter(node.op_type for node in proto.graph.node)
-    return counts["Conv"] > counts["MatMul"] + counts["Gemm"]
+    return counts["Conv"] >= counts["MatMul"] + counts["Gemm"]
 
 
 def module_of(node: Any) -> str:

@@ -24,6 +24,12 @@ def load(path: Path) -> Any:
     return onnx.load(path)
 
 
+def skeleton(path: Path) -> Any:
+    """The ModelProto at ``path`` without the weights that lie in another file."""
+    onnx = _deps.require("onnx", purpose="read an ONNX file")
+    return onnx.load(path, load_external_data=False)
+
+
 def weight_bytes(proto: Any) -> int:
     """Bytes of all initializers of the main graph that are held in memory."""
     return sum(len(tensor.raw_data) or tensor.ByteSize() for tensor in proto.graph.initializer)

@@ -252,8 +252,7 @@ def write(
 
 def _skeleton(path: Path) -> Any:
     """The ModelProto without external weights, and with a name for every node."""
-    onnx = _deps.require("onnx", purpose="quantise a model")
-    proto = onnx.load(path, load_external_data=False)
+    proto = onnx_file.skeleton(path)
     layers.name_nodes(proto)
     return proto
 

@@ -303,7 +303,7 @@ class QuantizeOptions(Options):
             needs the module). ``auto`` is ``entropy`` for int8 and ``max`` for all else.
         op_types: operator types to quantise, any of Conv, Gemm and MatMul: quantised residual
             additions and normalisations degrade accuracy. None takes all three in a network
-            with more convolutions than matrix products; in any other, a vision transformer
+            with as many convolutions as matrix products or more; in any other, a transformer
             say, it takes the matrix products only and leaves the last of them, the head.
         exclude: names of nodes to leave in floating point.
         overrides: pattern (``*`` and ``?`` as in file names) to the precision of the nodes whose

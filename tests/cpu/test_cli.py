@@ -207,6 +207,19 @@ def test_quantize_keeps_its_record(
     assert OnnxModel.open(tmp_path / "q.onnx").precision == "int8"
 
 
+def test_quantize_to_other_formats_with_exceptions(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("quantize", workspace.model, "--data", workspace.labels, "--limit", 8, "-o")
+    made = answer(
+        capsys,
+        *(*asked, tmp_path / "q.onnx", "--precision", "fp8", "--op-type", "Conv"),
+        *("--override", "*=int8", "--override", "*=fp8"),
+    )
+    assert made["quantization"]["precision"] == "fp8"
+    assert OnnxModel.open(tmp_path / "q.onnx").formats == ("fp8",)
+
+
 def test_building_again_finds_the_stored_engine(
     workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -424,6 +437,7 @@ def test_code_2_for_wrong_options(
         ["build", "m.onnx", "--batch", "two"],
         ["quantize", "m.onnx", "--data", "d", "-o", "o", "--preprocess", "height=0"],
         ["quantize", "m.onnx", "--data", "d", "-o", "o", "--preprocess", "colour=1"],
+        ["quantize", "m.onnx", "--data", "d", "-o", "o", "--override", "head=half"],
     ],
     ids=" ".join,
 )

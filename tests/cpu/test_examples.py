@@ -144,11 +144,15 @@ def test_dinov3_from_weights_on_disk(tmp_path: Path) -> None:
         *("--head", tmp_path / "head.pt", "--data", tmp_path / "data", "--output", tmp_path),
     )
     engines = [open_engine(folder).manifest for folder in (tmp_path / "engines").iterdir()]
-    assert {(m.precision, m.target) for m in engines} == {("fp16", "sm_89"), ("int8", "sm_89")}
+    assert {(m.precision, m.target) for m in engines} == {
+        *(("fp16", "sm_89"), ("int8", "sm_89"), ("fp8", "sm_89"), ("nvfp4", "sm_120"))
+    }
     assert {str(m.batch) for m in engines} == {"1..32 (tuned for 16)"}
     cosines = [float(words.split(",")[0]) for words in printed.split("cosine ")[1:]]
-    assert len(cosines) == 2
-    assert min(cosines) > 0.9
+    assert len(cosines) == 4
+    assert min(cosines[:3]) > 0.9
+    assert cosines[3] > 0.5  # 4 bits, on a model that was never trained
+    assert printed.count("[peak ") == 12
 
 
 def test_dinov3_with_random_weights() -> None:
