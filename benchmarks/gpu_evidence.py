@@ -11,9 +11,10 @@ lines, ``<date>-<step>.jsonl``. A step gets its share of the time that is left, 
 does not need goes to the next. With ``--select`` the files are named ``<date>-<step>-selected``, so
 that a part never replaces the whole. ``tune`` (launch configurations) runs only when named.
 
-Exit code 0: all steps passed; 1: something failed or was cut off; 2: no GPU. ``--allow-cpu`` goes
-through the same motions without one, to see that they work: kernels under Triton's interpreter or
-as their references, nothing that says anything about a GPU.
+Exit code 0: all steps that had something to do passed; 1: something failed or was cut off, or there
+was nothing to do; 2: no GPU. ``--allow-cpu`` goes through the same motions without one, to see that
+they work: kernels under Triton's interpreter or as their references, nothing that says anything
+about a GPU.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from benchmarks import machine, processes
@@ -37,6 +39,7 @@ from benchmarks.kernels import harness
 from sn72kernels import atomic, device, tuning
 
 SLOWEST = 20
+PASSED, FAILED, NOTHING = "passed", "FAILED", "had nothing that was selected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,8 @@ def _cascade(context: Context) -> list[str]:
         *(str(path.relative_to(machine.ROOT)) for path in files),
         "-p", "benchmarks.pytest_outcomes", f"--outcomes={context.lines}",
         f"--benchmark-json={context.lines.with_suffix('.benchmark')}",
+        # Warnings are errors, and a file with no benchmarks in it is warned of.
+        "-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning",
     )  # fmt: skip
 
 
@@ -176,8 +181,8 @@ STEPS: dict[str, Step] = {
 DEFAULT = ("tests", "sanitize", "kernels", "cascade")
 
 
-def take(name: str, context: Context, path: Path) -> bool:
-    """Run one step and write its file; whether it passed.
+def take(name: str, context: Context, path: Path) -> str:
+    """Run one step and write its file; :data:`PASSED`, :data:`FAILED` or :data:`NOTHING`.
 
     The file is written whatever ends the step, an interrupt of this process included.
     """
@@ -200,7 +205,9 @@ def take(name: str, context: Context, path: Path) -> bool:
         }
         atomic.write_text(path, json.dumps(record, indent=1) + "\n")
         context.lines.unlink(missing_ok=True)
-    return ended.exit_code == 0
+    if context.select and ended.exit_code == pytest.ExitCode.NO_TESTS_COLLECTED:
+        return NOTHING
+    return PASSED if ended.exit_code == 0 else FAILED
 
 
 def _shown(command: Sequence[str], context: Context) -> list[str]:
@@ -248,11 +255,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gpu=gpu,
         )
         print(f"{name}: at most {context.seconds:.0f} s", flush=True)
-        passed = take(name, context, folder / f"{stem}.json")
-        verdicts[name] = "passed" if passed else "FAILED"
+        verdicts[name] = take(name, context, folder / f"{stem}.json")
         print(f"{name}: {verdicts[name]}; {folder / f'{stem}.json'}", flush=True)
     print("; ".join(f"{name} {verdict}" for name, verdict in verdicts.items()))
-    return 0 if set(verdicts.values()) == {"passed"} else 1
+    return 0 if PASSED in verdicts.values() and set(verdicts.values()) <= {PASSED, NOTHING} else 1
 
 
 if __name__ == "__main__":

@@ -33,6 +33,11 @@ def _takes_everything(*_: Any) -> None:
     return None
 
 
+def no_float64(first: torch.Tensor, *_: Any) -> str | None:
+    """For :attr:`OpSpec.unsupported`: the kernel computes in float32."""
+    return "float64 has no kernel" if first.dtype == torch.float64 else None
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """One registered op.

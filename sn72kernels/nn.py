@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import sn72kernels
-from sn72kernels.errors import ArgumentError, PatchError
+from sn72kernels.errors import ArgumentError, KernelError, PatchError
 from sn72kernels.ops.classifier_head.op import Decision
 from sn72kernels.ops.layernorm_gelu.op import Approximate
 from sn72kernels.testing import error_ratio
@@ -259,7 +259,8 @@ class Patched:
 
     Attributes:
         changes: what was swapped.
-        refused: what was recognised and left alone, since its outputs differed.
+        refused: what was recognised and left alone, since its outputs differed, or since the op
+            does not take what it is called with (an infinite error).
         error: as in :class:`Change`, of the whole model.
     """
 
@@ -325,35 +326,40 @@ def patch(
     with torch.no_grad():
         before = _observe(model, candidates, example)
         result = Patched()
-        changes, refused = [], []
-        for candidate in candidates:
-            if candidate.arguments is None or not _runs(candidate):
-                continue
-            error, limit = _compare(candidate, tolerance)
-            after = type(candidate.swaps[candidate.entry]).__name__
-            change = Change(candidate.entry, candidate.before, after, error)
-            if error > limit:
-                refused.append(change)
-                continue
-            changes.append(change)
-            for name, module in candidate.swaps.items():
-                parent, _, leaf = name.rpartition(".")
-                holder = model.get_submodule(parent)
-                result._undo.append((holder, leaf, getattr(holder, leaf)))
-                setattr(holder, leaf, module)
         try:
+            for candidate in candidates:
+                if candidate.arguments is not None and _runs(candidate):
+                    _swap(model, candidate, tolerance, result)
             result.error, limit = _distance(_call(model, example), before, tolerance)
         except BaseException:
             result.revert()
             raise
-    result.changes, result.refused = tuple(changes), tuple(refused)
     if result.error > limit:
         result.revert()
         raise PatchError(
-            f"after {len(changes)} swaps the model's output differs by {result.error:.1e}, more "
-            f"than {limit:.1e}; the model is as it was. Give a larger tolerance if that is fine."
+            f"after {len(result.changes)} swaps the model's output differs by {result.error:.1e}, "
+            f"more than {limit:.1e}; the model is as it was. Give a larger tolerance if that is "
+            "fine."
         )
     return result
+
+
+def _swap(
+    model: nn.Module, candidate: _Candidate, tolerance: float | None, result: Patched
+) -> None:
+    """Swap a candidate whose outputs agree, refuse another; ``result`` takes it down."""
+    error, limit = _compare(candidate, tolerance)
+    after = type(candidate.swaps[candidate.entry]).__name__
+    change = Change(candidate.entry, candidate.before, after, error)
+    if error > limit:
+        result.refused += (change,)
+        return
+    result.changes += (change,)
+    for name, module in candidate.swaps.items():
+        parent, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        result._undo.append((holder, leaf, getattr(holder, leaf)))
+        setattr(holder, leaf, module)
 
 
 def _candidates(model: nn.Module) -> list[_Candidate]:
@@ -463,9 +469,14 @@ def _runs(candidate: _Candidate) -> bool:
 
 
 def _compare(candidate: _Candidate, tolerance: float | None) -> tuple[float, float]:
+    """As :func:`_distance`; infinite where the op does not take the arguments."""
     assert candidate.arguments is not None
     args, kwargs = candidate.arguments
-    return _distance(candidate.swaps[candidate.entry](*args, **kwargs), candidate.output, tolerance)
+    try:
+        have = candidate.swaps[candidate.entry](*args, **kwargs)
+    except KernelError:  # a head whose features have another dtype than its weights, say
+        return float("inf"), 0.0
+    return _distance(have, candidate.output, tolerance)
 
 
 def _distance(have: Any, want: Any, tolerance: float | None) -> tuple[float, float]:

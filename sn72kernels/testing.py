@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sn72kernels import device as devices
-from sn72kernels.errors import KernelError
+from sn72kernels.errors import KernelError, NoTritonError
 
 if TYPE_CHECKING:
     import torch
@@ -390,8 +390,9 @@ def _widest(ptx: str, direction: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the compile table; exit code 1 where a kernel has a fault."""
+    """Print the compile table; exit code 1 where a kernel has a fault, 2 without Triton."""
     from sn72kernels import OPS
+    from sn72kernels.library import require_triton
 
     folders = sorted(set(OPS.values()))
     parser = argparse.ArgumentParser(prog="python -m sn72kernels.testing", description=main.__doc__)
@@ -399,6 +400,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     options = parser.parse_args(arguments)
+    try:
+        require_triton("compile kernels")
+    except NoTritonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     table = compile_table(options.ops, options.arch)
     if options.json:
         print(json.dumps([asdict(row) for row in table]))

@@ -42,8 +42,10 @@ def test_the_motions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     command = ["--allow-cpu", "--out", str(tmp_path), "--minutes", "5", "--select", "vote"]
     assert gpu_evidence.main([*command, "--only", "tests", "kernels", "sanitize"]) == 1
     assert "tests passed; kernels passed; sanitize FAILED" in capsys.readouterr().out
+    assert gpu_evidence.main([*command, "--only", "cascade"]) == 1, "nothing at all"
+    assert "cascade had nothing that was selected" in capsys.readouterr().out
     found = records(tmp_path)
-    assert set(found) == {"tests", "kernels", "sanitize"}
+    assert set(found) == {"tests", "kernels", "sanitize", "cascade"}
     assert found["tests"]["counts"] == {"passed": found["tests"]["collected"]}
     assert not found["tests"]["cut_off"]
     assert [race["op"] for race in found["kernels"]["races"]] == ["ensemble_vote"] * 2
@@ -88,7 +90,7 @@ def test_a_step_whose_time_is_over_keeps_what_it_did(
 def test_what_is_left_of_the_time_goes_to_the_next_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_evidence, "take", lambda *_: True)
+    monkeypatch.setattr(gpu_evidence, "take", lambda *_: gpu_evidence.PASSED)
     names = ["tests", "sanitize", "kernels", "cascade"]
     options = ["--allow-cpu", "--out", str(tmp_path), "--minutes", "25", "--only", *names]
     assert gpu_evidence.main(options) == 0

@@ -205,8 +205,8 @@ def _fake_head(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, to
 
 def _unsupported(*args: Any) -> str | None:
     x, w1 = args[0], args[3]
-    if x.dtype == torch.float64:
-        return "float64 has no kernel"
+    if reason := library.no_float64(x):
+        return reason
     if x.shape[0] > LARGEST_BATCH:
         return (
             f"{x.shape[0]} samples are more than {LARGEST_BATCH}, where separate matrix products "

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 
 from sn72kernels import library, tuning
-from sn72kernels.errors import ArgumentError, check_tensor
+from sn72kernels.errors import ArgumentError, GradientError, check_tensor
 from sn72kernels.ops.layernorm_gelu import reference
 from sn72kernels.ops.layout import as_rows, as_vector, check_rows
 
@@ -72,6 +72,7 @@ def layernorm_gelu(
         ShapeError, DtypeError, DeviceError: a tensor does not fit; the message names it.
         ArgumentError: ``approximate`` or ``eps`` is not usable, or ``return_total`` is set
             without ``residual``.
+        GradientError: on the way back, a second derivative is wanted (``create_graph=True``).
     """
     _check(x, weight, bias, residual, eps, approximate, return_total)
     tanh = approximate == "tanh"
@@ -265,11 +266,6 @@ def _fake_backward(
     )
 
 
-def _float64(*args: Any) -> str | None:
-    first: torch.Tensor = args[0]
-    return "float64 has no kernel" if first.dtype == torch.float64 else None
-
-
 FORWARD = library.OpSpec(
     name="layernorm_gelu_forward",
     schema=(
@@ -279,7 +275,7 @@ FORWARD = library.OpSpec(
     reference=reference.forward,
     launch=launch_forward,
     fake=_fake_forward,
-    unsupported=_float64,
+    unsupported=library.no_float64,
 )
 BACKWARD = library.OpSpec(
     name="layernorm_gelu_backward",
@@ -290,7 +286,7 @@ BACKWARD = library.OpSpec(
     reference=reference.backward,
     launch=launch_backward,
     fake=_fake_backward,
-    unsupported=_float64,
+    unsupported=library.no_float64,
 )
 _forward = library.register(FORWARD)
 _backward = library.register(BACKWARD)
@@ -321,6 +317,12 @@ class _LayerNormGelu(torch.autograd.Function):
     def backward(
         ctx: Any, grad: torch.Tensor, grad_total: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
+        # Compilers trace this with gradients on, and refuse a second derivative themselves.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise GradientError(
+                "layernorm_gelu has no second derivative; call backward() or autograd.grad() "
+                "without create_graph"
+            )
         total, stats, weight, bias = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = _backward(
             grad, grad_total, total, stats, weight, bias, ctx.tanh

@@ -17,9 +17,8 @@ from sn72kernels.ops.linear import reference
 CODES = (torch.int8, torch.float8_e4m3fn)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8_ARCH = 89  # the first with fp8 matrix instructions
-MOST_INT8 = (
-    2**31 - 1
-) // 128**2  # codes to a row whose products fit a 32-bit sum, whatever they are
+# Codes to a row whose products fit a 32-bit sum, whatever they are.
+MOST_INT8 = (2**31 - 1) // 128**2
 
 Activation = Literal["none", "gelu", "gelu_tanh"]
 

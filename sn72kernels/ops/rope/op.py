@@ -157,17 +157,13 @@ def _fake_rope_(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.
     return None
 
 
-def _float64(*args: Any) -> str | None:
-    return "float64 has no kernel" if args[0].dtype == torch.float64 else None
-
-
 ROPE = library.OpSpec(
     name="rope",
     schema="(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
     reference=reference.rope,
     launch=launch_rope,
     fake=_fake_rope,
-    unsupported=_float64,
+    unsupported=library.no_float64,
 )
 ROPE_ = library.OpSpec(
     name="rope_",
@@ -175,7 +171,7 @@ ROPE_ = library.OpSpec(
     reference=reference.rope_,
     launch=launch_rope_,
     fake=_fake_rope_,
-    unsupported=_float64,
+    unsupported=library.no_float64,
 )
 _rope = library.register(ROPE)
 _rope_ = library.register(ROPE_)

@@ -15,7 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sn72kernels
-from sn72kernels.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from sn72kernels.errors import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    GradientError,
+    ShapeError,
+)
 from sn72kernels.ops.layernorm_gelu import op, reference
 from sn72kernels.testing import assert_close
 
@@ -220,6 +226,14 @@ def test_gradients_are_the_derivatives(approximate: str, return_total: bool) -> 
 def test_gradient_without_optional_arguments() -> None:
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(sn72kernels.layernorm_gelu, (x,))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """Rather than to leave this op's part of it out in silence."""
+    x = torch.randn(2, 4, requires_grad=True)
+    loss = op.layernorm_gelu(x).square().sum()
+    with pytest.raises(GradientError, match="layernorm_gelu has no second derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)
 
 
 def test_compile_full_graph_forward_and_backward() -> None:

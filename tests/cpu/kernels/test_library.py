@@ -135,6 +135,14 @@ def test_check_tensor_refuses_what_is_no_tensor() -> None:
         check_tensor("scores", [1.0])  # type: ignore[arg-type]
 
 
+def test_compile_table_where_triton_is_absent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(library, "triton_available", lambda: False)
+    assert testing.main(["--ops", "rope"]) == 2
+    assert "Triton is needed to compile kernels; run: pip install" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is visible")
 def test_what_needs_a_gpu_says_so() -> None:
     with pytest.raises(NoGpuError, match="a CUDA device is needed to measure its memory bandwidth"):

@@ -114,6 +114,34 @@ def test_what_differs_is_refused(model: Model) -> None:
     assert isinstance(model.attention, Odd)
 
 
+class Casting(nn.Linear):
+    """Takes what is of another dtype than its weights, which no op here does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+def test_what_the_op_does_not_take_is_refused(model: Model) -> None:
+    model.head = nn.Sequential(Casting(24, 16).double(), nn.GELU(), nn.Linear(16, 1).double())
+    patched = patch(model.eval(), (X,), tolerance=1e-5)
+    assert {change.name for change in patched.changes} == {"attention", "stem.1"}
+    assert [(change.name, change.error) for change in patched.refused] == [("head", float("inf"))]
+    assert type(model.head) is nn.Sequential
+
+
+def test_an_error_on_the_way_leaves_the_model_as_it_was(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(ClassifierHead, "forward", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        patch(model, (X,))
+    assert isinstance(model.attention, PlainAttention)
+    assert isinstance(model.stem[1], nn.LayerNorm)
+
+
 def test_a_module_that_the_example_does_not_reach_stays(model: Model) -> None:
     model.spare = nn.Sequential(nn.LayerNorm(4), nn.GELU())
     assert "spare.0" not in {change.name for change in patch(model, (X,)).changes}
