@@ -20,10 +20,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"
 
-#: command -> (extras to install, module to run with its leading arguments)
+#: Tests run in this many processes, a file in one of them; each may take 2 GB.
+WORKERS = min(os.cpu_count() or 1, 4)
+
+#: command -> (extras to install, module to run with its leading arguments). Benchmarks cannot be
+#: timed beside other processes; their plugin would warn of it.
 COMMANDS = {
     "demo": ("demo", ["sn72engine", "demo"]),
-    "test": ("test", ["pytest"]),
+    "test": ("test", ["pytest", "-n", str(WORKERS), "--dist", "loadfile", "-p", "no:benchmark"]),
     "shell": ("test", []),
 }
 
@@ -46,7 +50,11 @@ def main() -> int:
     if not module:
         print(f"Ready: {python}")
         return 0
-    return subprocess.call([str(python), "-m", *module, *rest], cwd=ROOT)
+    environ = dict(os.environ)
+    if arguments.command == "test":
+        # Processes beside each other would fight for the cores with their idle threads.
+        environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+    return subprocess.call([str(python), "-m", *module, *rest], cwd=ROOT, env=environ)
 
 
 def environment(venv: Path, extras: str) -> Path:

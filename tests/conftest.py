@@ -6,6 +6,11 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is slow, which says nothing of the code.
+settings.register_profile("untimed", parent=settings.default, deadline=None)
+settings.load_profile("untimed")
 
 # As sn72engine does before it loads ONNX Runtime, which some tests load by themselves.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
