@@ -99,6 +99,8 @@ class Cascade:
             mode, graphs or GraphOptions(), runtime
         )
         self._counters = Counters(spec.stages)
+        #: Submitted calls that run side by side: more than stages and lanes would only wait.
+        self._at_once = max(len(self._stages), self._executor_report().lanes)
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
@@ -158,8 +160,8 @@ class Cascade:
     ) -> Future[list[Result]]:
         """As a call, but on a thread of the cascade; returns at once.
 
-        As many submitted calls run side by side as there are stages; more wait in line, and their
-        deadlines run from now. A call that has not begun can be cancelled.
+        As many submitted calls run side by side as there are stages, or lanes if those are more;
+        others wait in line, and their deadlines run from now. A call that has not begun can be cancelled.
 
         Raises:
             as a call does, for arguments that cannot be used.
@@ -170,7 +172,7 @@ class Cascade:
                 raise CascadeError("the cascade has been closed")
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(
-                    len(self._stages), thread_name_prefix="sn72-cascade"
+                    self._at_once, thread_name_prefix="sn72-cascade"
                 )
             return self._pool.submit(self._run, request)
 
