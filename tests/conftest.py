@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from typing import TYPE_CHECKING
 
@@ -33,3 +34,11 @@ def trained_vit() -> nn.Module:
     from sn72engine.roadscenes import trained
 
     return trained("small_vit")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA kernels on the host emulator, for a ``SimulatedCuda``."""
+    from tests.cpu.simulated_cuda import compile_kernels
+
+    return compile_kernels(tmp_path_factory.mktemp("kernels") / "kernels.so")

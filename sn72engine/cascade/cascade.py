@@ -161,7 +161,8 @@ class Cascade:
         """As a call, but on a thread of the cascade; returns at once.
 
         As many submitted calls run side by side as there are stages, or lanes if those are more;
-        others wait in line, and their deadlines run from now. A call that has not begun can be cancelled.
+        others wait in line, and their deadlines run from now. A call that has not begun can be
+        cancelled.
 
         Raises:
             as a call does, for arguments that cannot be used.

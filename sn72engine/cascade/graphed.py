@@ -67,8 +67,8 @@ class Launches(Protocol):
 class _Flight:
     """A batch on the GPU.
 
-    ``marks`` has a row per captured stage: which samples of the batch it applies to; ``unreadable``
-    the rows whose image could not be decoded, with the reason.
+    ``marks`` has a row per captured stage: which samples of the batch it applies to. ``readable``
+    are the rows whose image could be decoded, ``unreadable`` the others, with the reason.
     """
 
     lane: Lane
@@ -76,13 +76,9 @@ class _Flight:
     positions: Indices
     marks: NDArray[np.bool_]
     unreadable: dict[int, str]
+    readable: NDArray[np.intp]
     budget_ns: int
     rows: int
-
-    @property
-    def readable(self) -> NDArray[np.intp]:
-        """Rows whose image could be decoded."""
-        return np.delete(np.arange(len(self.positions)), [*self.unreadable])
 
 
 class GraphExecutor:
@@ -250,17 +246,19 @@ class GraphExecutor:
         lane.driver.enter()
         lane.upload(count)
         launches.start(rows)
-        return _Flight(lane, launches, positions, marks, unreadable, budget_ns, rows)
+        readable = np.flatnonzero([row not in unreadable for row in range(count)])
+        return _Flight(lane, launches, positions, marks, unreadable, readable, budget_ns, rows)
 
     def _load(self, lane: Lane, positions: Indices, request: Request) -> dict[int, str]:
         """Make the images into rows; those that cannot be, with the reason."""
         unreadable: dict[int, str] = {}
+        targets = [(self._loaders[rows], view) for rows, view in lane.sources.items()]
         with span("decode"):
             for row, position in enumerate(positions.tolist()):
                 try:
                     image = request.samples.get(position)
-                    for rows, view in lane.sources.items():
-                        self._loaders[rows](image, view[row])
+                    for load, view in targets:
+                        load(image, view[row])
                 except Exception as error:  # one bad image must not take the others with it
                     known = isinstance(error, ImageError)
                     unreadable[row] = str(error) if known else f"{type(error).__name__}: {error}"

@@ -40,7 +40,6 @@ from tests.cpu.simulated_cuda import (
     ColumnOffer,
     SimulatedCapturer,
     SimulatedCuda,
-    compile_kernels,
     conditionals,
 )
 from tests.oracle import Case, answers, expected, random_case
@@ -73,11 +72,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "sn72engine.cascade")
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compile_kernels(tmp_path_factory.mktemp("kernels") / "kernels.so")
 
 
 class ColumnStage:

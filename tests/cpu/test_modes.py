@@ -9,7 +9,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -26,21 +27,17 @@ from sn72engine.cuda.api import NodeKind
 from sn72engine.cuda.driver import driver_available
 from sn72engine.cuda.layout import MAX_BUCKETS
 from sn72engine.errors import CascadeError, CudaUnavailableError, OptionError
-from sn72engine.spec import Preprocess
+from sn72engine.spec import Preprocess, RuntimeOptions, ShapeRange
 from sn72engine.stages.base import StageScores
 from sn72engine.stages.capture import Rows
+from sn72engine.stages.engine import EngineStage
 from sn72engine.stages.scoring import to_scores
-from sn72engine.stages.tensor_offer import TensorOffer, device_scores
+from sn72engine.stages.tensor_offer import TensorBuffer, TensorOffer, device_scores
 from sn72engine.stages.torch_stage import TorchStage
-from tests.cpu.simulated_cuda import ColumnOffer, SimulatedCapturer, SimulatedCuda, compile_kernels
+from tests.cpu.simulated_cuda import ColumnOffer, SimulatedCapturer, SimulatedCuda
 
 no_driver = pytest.mark.skipif(driver_available().ok, reason="there is a GPU here")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compile_kernels(tmp_path_factory.mktemp("kernels") / "kernels.so")
 
 
 class Plain:
@@ -362,3 +359,67 @@ def test_a_module_on_the_cpu_offers_nothing() -> None:
     assert 0 < stage.score([np.zeros((5, 5, 3), np.uint8)]).probabilities[0] < 1
     with pytest.raises(CudaUnavailableError, match="its module is on cpu, not on cuda:0"):
         stage.offer_capture(0)
+
+
+class Sessions:
+    """Stands for an open TensorRT engine, which needs a GPU: what a stage asks of its session."""
+
+    def __init__(self, made: list[Sessions] | None = None, target: str = "sm_90") -> None:
+        tensor = SimpleNamespace(name="x"), SimpleNamespace(name="y")
+        self.inputs, self.outputs = tensor[:1], tensor[1:]
+        self.preprocess = Preprocess(height=4, width=4)
+        self.options = RuntimeOptions()
+        self.manifest = SimpleNamespace(batch=ShapeRange(2, 4, 16), target=target)
+        self.made = [] if made is None else made
+        self.made.append(self)
+        self.closed = False
+
+    def clone(self) -> Sessions:
+        return Sessions(self.made)
+
+    def bind(self, inputs: Any) -> Any:
+        (given,) = inputs.values()
+        out = given.new_zeros(len(given), 1)
+
+        class Bound:
+            outputs: ClassVar = {"y": out}
+
+            def __call__(self) -> None:
+                out[:, 0] = given.mean(dim=(1, 2, 3))
+
+        return Bound()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_an_engine_has_a_session_per_lane() -> None:
+    torch = pytest.importorskip("torch")
+    session = Sessions()
+    stage = EngineStage(session, "sigmoid")  # type: ignore[arg-type]
+    offer = stage.offer_capture(0)
+    assert offer.limits == (2, 16)
+    assert offer.rows.shape == (3, 4, 4)
+    buffers = [TensorBuffer(torch.zeros(8, 3, 4, 4)) for _ in range(2)]
+    bounds = [offer.bind(buffers[lane], rows, lane) for lane in (0, 1) for rows in (8, 4, 2)]
+    assert len(session.made) == 3  # its own, and one for each lane
+    buffers[0].tensor.fill_(2.5)
+    for bound in bounds:
+        bound()
+    assert len({bound.output.address for bound in bounds}) == 6
+    output = bounds[1].output
+    assert (output.kind, output.stride, output.from_logits, output.label) == ("f32", 1, True, None)
+    scores = (ctypes.c_float * 4).from_address(output.address)
+    assert list(scores) == [2.5] * 4
+    stage.close()
+    assert all(one.closed for one in session.made)
+
+
+def test_an_engine_that_does_not_run_there_offers_nothing() -> None:
+    for session, device, where in (
+        (Sessions(target="cpu"), 0, "the CPU"),
+        (Sessions(), 1, "cuda:0"),
+    ):
+        stage = EngineStage(session, "sigmoid")  # type: ignore[arg-type]
+        with pytest.raises(CudaUnavailableError, match=f"its engine runs on {where}, not on cuda:"):
+            stage.offer_capture(device)
