@@ -18,10 +18,13 @@ from typing import Any
 
 import torch
 
+from sn72kernels import device as devices
 from sn72kernels import env
 from sn72kernels.errors import ArgumentError, NoTritonError
 
 NAMESPACE = "sn72"
+# The oldest that Triton supports, and the kernels are compiled for in the tests.
+OLDEST_ARCH = 80
 
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -108,6 +111,10 @@ def choose(spec: OpSpec, device: torch.device, *args: Any) -> Choice:
         return Choice(spec.name, "reference", "SN72_KERNELS=reference is set")
     if not triton_available():
         return Choice(spec.name, "reference", "Triton is not installed (pip install 'triton>=3.6')")
+    arch = devices.arch(device)
+    if arch < OLDEST_ARCH:
+        why = f"Triton compiles for sm_{OLDEST_ARCH} and later, and this is sm_{arch}"
+        return Choice(spec.name, "reference", why)
     reason = spec.unsupported(*args)
     if reason is not None:
         return Choice(spec.name, "reference", reason)

@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from sn72kernels import device as devices
 from sn72kernels import library, tuning
 from sn72kernels.errors import ArgumentError, ShapeError, check_no_gradient, check_tensor
 from sn72kernels.ops.attention import reference
@@ -109,8 +108,6 @@ def _kernel(q: torch.Tensor, implementation: str) -> tuple[str, str]:
             why = "flash-attn is not installed"
         elif q.shape[3] > FLASH_DEPTH or q.shape[3] % 8:
             why = f"flash-attn does not take heads of {q.shape[3]}"
-        elif devices.arch(q.device) < 80:
-            why = f"flash-attn does not run on sm_{devices.arch(q.device)}"
         else:
             return "flash_attn", "flash-attn is installed and takes these tensors"
     else:

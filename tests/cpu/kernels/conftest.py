@@ -8,7 +8,9 @@ environment again so that child processes (the compile-only checks) do compile.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sn72kernels.testing import Compiled
 from tests.kernel_cases import interpreter
 
 if importlib.util.find_spec("triton") is not None:
@@ -63,6 +66,16 @@ INTERPRETED = {f"test_{path.parent.name}" for path in _ops().glob("*/kernel.py")
     "test_launcher_agrees_with_the_reference",
     "test_launcher_gives_the_same_bits_for_every_layout",
 }
+
+
+@pytest.fixture(scope="session")
+def compiled() -> list[Compiled]:
+    """Every op's compile cases for every architecture, from a child process that compiles."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    command = [sys.executable, "-m", "sn72kernels.testing", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.stdout, done.stderr
+    return [Compiled(**row) for row in json.loads(done.stdout)]
 
 
 @pytest.fixture(autouse=True)

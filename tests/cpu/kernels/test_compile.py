@@ -37,29 +37,14 @@ NARROWER = {
 }
 
 
-@pytest.fixture(scope="module")
-def table() -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "sn72kernels.testing", "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.stdout, done.stderr
-    rows: list[dict[str, Any]] = json.loads(done.stdout)
-    print(testing.format_table([testing.Compiled(**row) for row in rows]))
-    return rows
-
-
 @pytest.mark.slow
-def test_every_op_compiles_for_every_architecture(table: list[dict[str, Any]]) -> None:
-    seen = {(row["case"].partition(":")[0], row["arch"]) for row in table}
+def test_every_op_compiles_for_every_architecture(compiled: list[testing.Compiled]) -> None:
+    seen = {(row.case.partition(":")[0], row.arch) for row in compiled}
     assert seen == {(op, arch) for op in OPS.values() for arch in testing.ARCHITECTURES}
 
 
 @pytest.mark.slow
-def test_every_kernel_has_a_case(table: list[dict[str, Any]]) -> None:
+def test_every_kernel_has_a_case(compiled: list[testing.Compiled]) -> None:
     import importlib
 
     for op in set(OPS.values()):
@@ -72,24 +57,22 @@ def test_every_kernel_has_a_case(table: list[dict[str, Any]]) -> None:
             and value.fn.__module__ == module.__name__
         }
         assert public, op
-        compiled = {row["kernel"] for row in table if row["case"].startswith(f"{op}:")}
-        assert compiled == public
+        assert {row.kernel for row in compiled if row.case.startswith(f"{op}:")} == public
 
 
 @pytest.mark.slow
-def test_nothing_spills_and_shared_memory_fits(table: list[dict[str, Any]]) -> None:
-    rows = [testing.Compiled(**row) for row in table]
-    faults = {(row.case, row.kernel, row.arch): row.faults() for row in rows if row.faults()}
+def test_nothing_spills_and_shared_memory_fits(compiled: list[testing.Compiled]) -> None:
+    faults = {(row.case, row.kernel, row.arch): row.faults() for row in compiled if row.faults()}
     assert not faults
 
 
 @pytest.mark.slow
-def test_global_memory_is_accessed_128_bits_wide(table: list[dict[str, Any]]) -> None:
+def test_global_memory_is_accessed_128_bits_wide(compiled: list[testing.Compiled]) -> None:
     """Loads and stores of every kernel, but for those that say why not."""
-    for row in table:
-        load, store = NARROWER.get(row["kernel"], (128, 128))
-        assert row["load_bits"] >= load, row
-        assert row["store_bits"] >= store, row
+    for row in compiled:
+        load, store = NARROWER.get(row.kernel, (128, 128))
+        assert row.load_bits >= load, row
+        assert row.store_bits >= store, row
 
 
 def test_fault_is_found() -> None:

@@ -24,10 +24,10 @@ ROOT = Path(__file__).parents[3]
 SUPPORT = "from tests.gpu.support import"
 
 
-def gpu_tests(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def gpu_tests(what: str, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "SN72_GPU_TESTS_SEED": "0", **variables}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", what, "-q", "-p", "no:cacheprovider"]
     return subprocess.run(
         [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -37,7 +37,8 @@ def gpu_tests(*options: str, **variables: str) -> subprocess.CompletedProcess[st
 def test_bodies_run_on_the_interpreter(tmp_path: Path) -> None:
     record = tmp_path / "record.jsonl"
     done = gpu_tests(
-        "--show-capture=no", "-p", "benchmarks.pytest_outcomes", f"--outcomes={record}",
+        "tests/gpu", "--show-capture=no",
+        "-p", "benchmarks.pytest_outcomes", f"--outcomes={record}",
         SN72_GPU_TESTS_ON_INTERPRETER="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr
@@ -54,7 +55,8 @@ def test_bodies_run_on_the_interpreter(tmp_path: Path) -> None:
 
 
 def test_without_a_card_they_are_skipped_with_the_reason() -> None:
-    done = gpu_tests("-rs", "-k", "vote", SN72_GPU_TESTS_ON_INTERPRETER="", CUDA_VISIBLE_DEVICES="")
+    file = "tests/gpu/test_ensemble_vote.py"
+    done = gpu_tests(file, "-rs", SN72_GPU_TESTS_ON_INTERPRETER="", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"no CUDA device is visible to torch [\d.]+", done.stdout)
     assert re.search(r"\d+ skipped", done.stdout)

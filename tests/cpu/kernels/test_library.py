@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -101,6 +102,13 @@ def spec(**changes: object) -> library.OpSpec:
     return library.OpSpec(**{**parts, **changes})  # type: ignore[arg-type]
 
 
+@pytest.fixture
+def hopper() -> Iterator[None]:
+    with device.assume(90):
+        yield
+
+
+@pytest.mark.usefixtures("hopper")
 def test_choice_and_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1)
     monkeypatch.setattr(library, "triton_available", lambda: True)
@@ -117,6 +125,18 @@ def test_choice_and_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install" in library.choose(spec(), CUDA, x).reason
 
 
+def test_the_reference_runs_where_triton_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "triton_available", lambda: True)
+    with device.assume(75):
+        old = library.choose(spec(), CUDA, torch.zeros(1))
+    assert (old.implementation, old.reason) == (
+        "reference", "Triton compiles for sm_80 and later, and this is sm_75",
+    )  # fmt: skip
+    with device.assume(80):
+        assert library.choose(spec(), CUDA, torch.zeros(1)).implementation == "triton"
+
+
+@pytest.mark.usefixtures("hopper")
 def test_float64_runs_the_reference_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     from sn72kernels.ops.layernorm_gelu import op
 

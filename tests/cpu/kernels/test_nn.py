@@ -248,9 +248,10 @@ def test_everything_that_fits_a_classifier_on_dinov3(dtype: torch.dtype, attenti
         assert model.state_dict().keys() == state.keys()
         model.load_state_dict(state)
         assert error_ratio(model(pixels), before[0]) <= limit
-        torch.use_deterministic_algorithms(False)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert error_ratio(compiled(others), before[1]) <= limit
+        if dtype == torch.float32:  # what a tracer sees is the same for all
+            torch.use_deterministic_algorithms(False)
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            assert error_ratio(compiled(others), before[1]) <= limit
         patched.revert()
         for images, wanted in zip((pixels, others), before, strict=True):
             assert torch.equal(model(images), wanted)

@@ -63,8 +63,8 @@ CASES = {
 }
 
 
-@given(**CASES, unit=st.booleans())
-@settings(max_examples=50, deadline=None)
+@given(**CASES, unit=st.booleans(), out=st.sampled_from(op.DTYPES))
+@settings(max_examples=40, deadline=None)
 def test_static_kernels_give_the_bits_of_the_reference(
     rows: int,
     cols: int,
@@ -74,16 +74,16 @@ def test_static_kernels_give_the_bits_of_the_reference(
     fp8: bool,
     seed: int,
     unit: bool,
+    out: torch.dtype,
 ) -> None:
     x = make(rows, cols, dtype, strided, seed)
     scale = scales(x, granularity, unit, seed)
     codes = op.launch_static(x, scale, granularity, fp8)
     assert_same(codes, reference.quantize_static(x, scale, granularity, fp8))
-    for out in op.DTYPES:
-        assert_same(
-            op.launch_dequantize(codes, scale, granularity, out),
-            reference.dequantize(codes, scale, granularity, out),
-        )
+    assert_same(
+        op.launch_dequantize(codes, scale, granularity, out),
+        reference.dequantize(codes, scale, granularity, out),
+    )
 
 
 @given(
