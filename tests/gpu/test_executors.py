@@ -115,7 +115,7 @@ def made(
 
 def request_of(case: Case, until: float = math.inf) -> Request:
     with np.errstate(over="ignore"):
-        rows = np.array(case.scores, np.float32).T.copy().reshape(len(case), -1)
+        rows = np.array(case.scores, np.float32).reshape(len(case.scores), len(case)).T.copy()
     rows[:, [bool(broken) for broken in case.broken]] = np.nan
 
     def decode(source: int) -> Any:
