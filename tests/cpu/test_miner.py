@@ -139,7 +139,7 @@ def closed_image() -> Image.Image:
 @pytest.mark.parametrize(
     "image",
     [None, 5, "no such file", b"", b"GIF8", np.zeros(3), np.zeros((4, 4, 3)), object(), [], {}],
-    ids=repr,
+    ids=lambda thing: "object" if type(thing) is object else repr(thing),
 )
 def test_things_that_are_no_pictures(make: Callable[..., RoadworkDetector], image: Any) -> None:
     with make(brightness) as detector:
