@@ -170,6 +170,10 @@ def _unfit(node: Any, shape: tuple[int, ...] | None, precision: str, *, forced: 
     if node.op_type == "Conv":
         if precision in formats.BLOCK:
             return f"{precision} has no convolution"
+        if precision == "fp8" and shape[1] < NARROW and not forced:
+            # Its matrix kernels have nothing to gain from so short sums (depthwise, first layers),
+            # in which the 3 bits of an e4m3 fraction cost most.
+            return f"sums over {shape[1]} channels only: too few for fp8"
         channels = shape[1] * (_attribute(node, "group") or 1)
         narrow = max(shape[0], channels) < NARROW
     elif len(shape) != 2:

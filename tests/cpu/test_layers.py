@@ -33,6 +33,16 @@ def test_a_convolutional_network_is_quantised_throughout():
     assert not choice.skipped
 
 
+def test_fp8_leaves_convolutions_over_few_channels_unless_they_are_named():
+    assert set(by_module(choose("residual_net", precision="fp8"))) == {
+        *("expand.0", "project", "head"),
+    }
+    forced = choose("residual_net", precision="fp8", overrides={"depthwise*": "fp8"})
+    assert by_module(forced)["depthwise.0"] == "fp8"
+    reasons = set(forced.skipped.values())
+    assert reasons == {"sums over 3 channels only: too few for fp8"}
+
+
 def test_named_operator_types_are_what_is_taken():
     choice = choose("transformer", op_types=("Conv",))
     assert by_module(choice) == {"patches": "int8"}
