@@ -34,12 +34,16 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Case]]]:
             yield name, partial(forward, device, rows, cols, dtype)
 
 
-def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def fused(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+    return sn72kernels.layernorm_gelu(x, w, b)
+
+
+def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(torch.nn.functional.layer_norm(x, (x.shape[-1],), w, b))
 
 
 def forward(device: torch.device, rows: int, cols: int, dtype: torch.dtype) -> Case:
-    """``gelu(layer_norm(x) * w + b)``."""
+    """``gelu(layer_norm(x) * w + b)``; parameters also in float32, for whom wants them so."""
     x, w, b = _tensors(device, rows, cols, dtype)
     others, absent = peers.others(
         device,
@@ -51,10 +55,10 @@ def forward(device: torch.device, rows: int, cols: int, dtype: torch.dtype) -> C
         label=f"{rows} x {cols}",
         dtype=str(dtype).removeprefix("torch."),
         shape=(rows, cols),
-        ours=sn72kernels.layernorm_gelu,
+        ours=fused,
         others=others,
         absent=absent,
-        arguments=(x, w, b),
+        arguments=(x, w, b, w.float(), b.float()),
         correct=gates.close(eager(x.double(), w.double(), b.double()), dtype=dtype),
         work=work.layernorm_gelu(rows, cols, x.element_size()),
     )
@@ -131,14 +135,11 @@ def _tensors(
 def _liger() -> Callable[..., torch.Tensor]:
     from liger_kernel.transformers.functional import liger_layer_norm
 
-    return lambda x, w, b: torch.nn.functional.gelu(liger_layer_norm(x, w, b, 1e-5))
+    return lambda x, w, b, *_: torch.nn.functional.gelu(liger_layer_norm(x, w, b, 1e-5))
 
 
 def _quack() -> Callable[..., torch.Tensor]:
     from quack.rmsnorm import layernorm_fwd
 
-    # quack takes parameters in float32; the conversion is two small launches.
-    def call(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.gelu(layernorm_fwd(x, w.float(), b.float(), 1e-5))
-
-    return call
+    # quack takes parameters in float32 only.
+    return lambda x, _, __, w, b: torch.nn.functional.gelu(layernorm_fwd(x, w, b, 1e-5))
