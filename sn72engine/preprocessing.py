@@ -149,6 +149,13 @@ def as_sequence(images: Source | Sequence[Source]) -> tuple[Sequence[Source], bo
     return [cast("Source", images)], True
 
 
+def scale_and_bias(spec: Preprocess) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """``1/std`` and ``-mean/std`` per channel, for ``pixel * scale + bias`` in float32."""
+    std = np.array(spec.std, np.float64)
+    bias = -np.array(spec.mean, np.float64) / std
+    return (1.0 / std).astype(np.float32), bias.astype(np.float32)
+
+
 def _checked(out: Floats | None, spec: Preprocess) -> Floats:
     if out is None:
         return np.empty(spec.shape, spec.dtype)
@@ -215,9 +222,7 @@ def _fitted(area: Box, spec: Preprocess) -> tuple[int, int]:
 
 def _normalise(pixels: NDArray[np.uint8], spec: Preprocess, out: Floats) -> None:
     """Write ``(pixels - mean) / std`` into ``out``, which has ``spec.layout``."""
-    std = np.array(spec.std, np.float64)
-    scale = (1.0 / std).astype(np.float32)
-    bias = (-np.array(spec.mean, np.float64) / std).astype(np.float32)
+    scale, bias = scale_and_bias(spec)
     target = out if spec.layout == "nhwc" else out.transpose(1, 2, 0)
     for channel in range(3):
         plane = pixels[:, :, channel] * scale[channel]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from sn72engine.cuda.layout import Score as ElementType
 from sn72engine.errors import InputError
-from sn72engine.preprocessing import preprocess_one
+from sn72engine.preprocessing import preprocess_one, scale_and_bias
 from sn72engine.spec import Preprocess
 from sn72engine.stages.base import Image
 from sn72engine.stages.capture import Output, Rows
@@ -25,7 +26,10 @@ Bind = Callable[["torch.Tensor", int], Callable[[], "torch.Tensor"]]
 class TensorOffer:
     """A model on one GPU, see :class:`~sn72engine.stages.capture.Capturable`.
 
-    Rows are preprocessed on the host, exactly as the CPU executor does it.
+    Images are cropped and resized on the host, uploaded as 8-bit pixels, and normalised on the
+    GPU as the first thing that is captured, with the same arithmetic as
+    :func:`~sn72engine.preprocessing.preprocess`, so to the same bits. With ``fit="pad"`` they are
+    normalised on the host: the border has no 8-bit value.
 
     Args:
         bind: makes the call that is captured; it works on PyTorch's current stream.
@@ -46,17 +50,26 @@ class TensorOffer:
         device: str,
         limits: tuple[int, int],
     ) -> None:
-        self.rows = Rows(transform.shape, transform.dtype, transform)
+        self._as_pixels = transform.fit != "pad"
+        #: What is done to an image on the host.
+        self._on_host = _geometry(transform) if self._as_pixels else transform
+        dtype = "uint8" if self._as_pixels else transform.dtype
+        self.rows = Rows(self._on_host.shape, dtype, self._on_host)
         self.limits = limits
         self._bind = bind
         self._transform = transform
         self._score: Score = score
         self._positive = positive
         self._device = device
+        #: By lane: normalised rows, as many as the largest binding has.
+        self._inputs: dict[int, torch.Tensor] = {}
 
     def load(self, image: Image, out: NDArray[Any]) -> None:
-        """Preprocess an image."""
-        preprocess_one(image, self._transform, out)
+        """Crop and resize an image; normalise it where the GPU does not."""
+        if self._as_pixels:
+            out[...] = preprocess_one(image, self._on_host)
+        else:
+            preprocess_one(image, self._on_host, out)
 
     def allocate(self, rows: int) -> TensorBuffer:
         """Zeroed, so that a model never starts on what was in memory."""
@@ -67,7 +80,20 @@ class TensorOffer:
 
     def bind(self, buffer: TensorBuffer, rows: int, lane: int) -> TensorBound:
         """The model on the first rows of a buffer."""
-        call = self._bind(buffer.tensor[:rows], lane)
+        given = buffer.tensor[:rows]
+        if not self._as_pixels:
+            return TensorBound(self._bind(given, lane), rows, self._score, self._positive)
+        inputs = self._inputs.get(lane)
+        if inputs is None or len(inputs) < rows:
+            shape, dtype = (rows, *self._transform.shape), _torch_dtype(self._transform)
+            inputs = self._inputs[lane] = given.new_zeros(shape, dtype=dtype)
+        normalise = _normaliser(given, inputs[:rows], self._transform)
+        model = self._bind(inputs[:rows], lane)
+
+        def call() -> torch.Tensor:
+            normalise()
+            return model()
+
         return TensorBound(call, rows, self._score, self._positive)
 
 
@@ -150,6 +176,36 @@ def device_scores(
         return shares[:, positive], None
     labels = logits.argmax(dim=1)
     return shares.gather(1, labels[:, None])[:, 0], labels
+
+
+def _geometry(transform: Preprocess) -> Preprocess:
+    """The same crop and size, with the pixels left as they are."""
+    return dataclasses.replace(
+        transform, mean=(0.0,) * 3, std=(1.0,) * 3, layout="nhwc", dtype="float32"
+    )
+
+
+def _normaliser(
+    pixels: torch.Tensor, target: torch.Tensor, transform: Preprocess
+) -> Callable[[], None]:
+    """What writes ``pixels``, uint8 (n, H, W, 3), normalised into ``target``."""
+    import torch
+
+    scale, bias = (torch.from_numpy(one).to(pixels.device) for one in scale_and_bias(transform))
+
+    def normalise() -> None:
+        # Two operations, each rounded to float32, and one last rounding: as on the host.
+        values = pixels.to(torch.float32) * scale + bias
+        target.copy_(values.permute(0, 3, 1, 2) if transform.layout == "nchw" else values)
+
+    return normalise
+
+
+def _torch_dtype(transform: Preprocess) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, transform.dtype)
+    return dtype
 
 
 def _element_type(scores: torch.Tensor) -> ElementType:

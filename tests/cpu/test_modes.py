@@ -29,6 +29,7 @@ from sn72engine.cuda.driver import driver_available
 from sn72engine.cuda.layout import MAX_BUCKETS
 from sn72engine.errors import CascadeError, CudaUnavailableError, OptionError
 from sn72engine.graphs import TorchCapturer
+from sn72engine.preprocessing import preprocess
 from sn72engine.spec import Preprocess, RuntimeOptions, ShapeRange
 from sn72engine.stages.base import StageScores
 from sn72engine.stages.capture import Rows
@@ -369,7 +370,7 @@ class Sessions:
     def __init__(self, made: list[Sessions] | None = None, target: str = "sm_90") -> None:
         tensor = SimpleNamespace(name="x"), SimpleNamespace(name="y")
         self.inputs, self.outputs = tensor[:1], tensor[1:]
-        self.preprocess = Preprocess(height=4, width=4)
+        self.preprocess = Preprocess(height=4, width=4, mean=(0.0,) * 3, std=(1.0,) * 3)
         self.options = RuntimeOptions()
         self.manifest = SimpleNamespace(batch=ShapeRange(2, 4, 16), target=target)
         self.made = [] if made is None else made
@@ -401,18 +402,19 @@ def test_an_engine_has_a_session_per_lane() -> None:
     stage = EngineStage(session, "sigmoid")  # type: ignore[arg-type]
     offer = stage.offer_capture(0)
     assert offer.limits == (2, 16)
-    assert offer.rows.shape == (3, 4, 4)
-    buffers = [TensorBuffer(torch.zeros(8, 3, 4, 4)) for _ in range(2)]
+    assert (offer.rows.shape, offer.rows.dtype) == ((4, 4, 3), "uint8")
+    pixels = [torch.zeros(8, 4, 4, 3, dtype=torch.uint8) for _ in range(2)]
+    buffers = [TensorBuffer(one) for one in pixels]
     bounds = [offer.bind(buffers[lane], rows, lane) for lane in (0, 1) for rows in (8, 4, 2)]
     assert len(session.made) == 3  # its own, and one for each lane
-    buffers[0].tensor.fill_(2.5)
+    buffers[0].tensor.fill_(2)
     for bound in bounds:
         bound()
     assert len({bound.output.address for bound in bounds}) == 6
     output = bounds[1].output
     assert (output.kind, output.stride, output.from_logits, output.label) == ("f32", 1, True, None)
     scores = (ctypes.c_float * 4).from_address(output.address)
-    assert list(scores) == [2.5] * 4
+    assert list(scores) == [2.0] * 4
     stage.close()
     assert all(one.closed for one in session.made)
 
@@ -454,3 +456,29 @@ def test_pytorch_has_the_names_that_we_call() -> None:
         assert callable(getattr(torch.cuda, name))
     if torch.version.cuda:
         assert callable(torch._C._cuda_clearCublasWorkspaces)
+
+
+@pytest.mark.parametrize("fit", ["center_crop", "squash", "pad"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_rows_become_what_preprocessing_makes_to_the_bit(fit: Any, dtype: Any, layout: Any) -> None:
+    pytest.importorskip("torch")
+    transform = Preprocess(height=12, width=10, fit=fit, dtype=dtype, layout=layout)
+    rng = np.random.default_rng(6)
+    images = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((30, 20), (9, 40), (12, 10))]
+    seen: list[Any] = []
+
+    def bind(rows: Any, lane: int) -> Any:
+        seen.append(rows)
+        return lambda: rows.reshape(len(rows), -1)[:, 0]
+
+    offer = TensorOffer(bind, transform, "sigmoid", positive=1, device="cpu", limits=(1, 9))
+    assert offer.rows.dtype == (dtype if fit == "pad" else "uint8")
+    buffer = offer.allocate(5)
+    for image, row in zip(images, buffer.tensor.numpy(), strict=False):
+        offer.load(image, row)
+    for rows in (5, 3):
+        offer.bind(buffer, rows, 0)()
+    wanted = preprocess(images, transform)
+    for rows_seen in seen:
+        np.testing.assert_array_equal(rows_seen.numpy()[:3], wanted)
