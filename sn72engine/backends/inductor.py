@@ -99,6 +99,7 @@ class InductorBackend:
         """
         torch = _deps.require("torch", purpose="compile inductor engines")
         target = self.target(options)
+        on_cpu = target.startswith("cpu")
         _check_compiler()
         if model.max_batch is not None and options.batch.max > model.max_batch:
             raise BuildError(
@@ -109,13 +110,14 @@ class InductorBackend:
             # Not as many threads as the machine that builds happens to have.
             "cpp.dynamic_threads": True,
             # Weights are brought into the layout of the kernels once, not at every call.
-            "freezing": target.startswith("cpu"),
-            "max_autotune": (options.optimization_level or 0) >= _TUNED,
+            "freezing": on_cpu,
+            # On a CPU it gained nothing for a small ViT, and takes minutes.
+            "max_autotune": not on_cpu and (options.optimization_level or 0) >= _TUNED,
         }
         with Progress("compile", 2, unit="step", shown=progress) as bar, quiet(*_LOGGERS):
             try:
                 program = torch.export.load(model.path)
-                if not target.startswith("cpu"):
+                if not on_cpu:
                     program = torch.export.passes.move_to_device_pass(program, "cuda")
                 bar.step()
                 with torch.no_grad():
@@ -182,7 +184,7 @@ class InductorRunner:
         Raises:
             SessionError: PyTorch reported failure.
         """
-        with _threads(self._threads):
+        with _set_threads(self._threads):
             results = self._execute({name: _tensor(array) for name, array in inputs.items()})
         return {name: tensor.numpy() for name, tensor in results.items()}
 
@@ -191,7 +193,8 @@ class InductorRunner:
         self._call = None
 
     def _execute(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        torch = _deps.require("torch", purpose="run inductor engines")
+        import torch
+
         if self._call is None:
             raise SessionError("this engine was closed; load it again")
         try:
@@ -233,7 +236,8 @@ class InductorCudaRunner(InductorRunner):
         Raises:
             SessionError: PyTorch reported failure.
         """
-        torch = _deps.require("torch", purpose="run inductor engines")
+        import torch
+
         with torch.cuda.device(self.device):
             return self._execute(inputs)
 
@@ -295,16 +299,18 @@ def _check_compiler() -> None:
 
 def _tensor(array: Any) -> Any:
     """A tensor of a NumPy array, copied only where PyTorch could write into what it must not."""
-    torch = _deps.require("torch", purpose="run inductor engines")
+    import torch
+
     return torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def _set_threads(count: int | None) -> Iterator[None]:
     if count is None:
         yield
         return
-    torch = _deps.require("torch", purpose="run inductor engines")
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
