@@ -26,6 +26,7 @@ and fewer            network of healthy layers reaches 0.1 to 0.2; 0.3 is a cosi
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ from sn72engine.spec import (
 )
 from sn72engine.tensor_error import TensorError
 from sn72engine.tensor_probe import FLOATS, TensorProbe
+from sn72engine.text import WIDTH, cut
 from sn72engine.trial import random_inputs
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ class CompareOptions(Options):
         ignore_below: root mean square of a difference that never counts, for tensors that are
             zero but for rounding.
         batch: samples per call.
-        samples: most samples to compare on; the worst one counts.
+        samples: most samples to compare on, in whole batches; the worst call counts.
         memory_bytes: bound on the tensors of both that are held at once.
         seed: of the random input, where none is given.
     """
@@ -124,7 +126,7 @@ class LayerError:
     Attributes:
         layer, op: name and type of the node that computes it in the first.
         tensor: its name.
-        error: how far the second lies from the first, on the worst sample.
+        error: how far the second lies from the first, in the worst call.
         inherited: largest relative error among the measured tensors that it is computed from.
         parted: whether a bound was broken.
     """
@@ -236,7 +238,7 @@ class ComparisonReport:
         lines = [
             f"a  {self.names[0]}",
             f"b  {self.names[1]}",
-            self.verdict,
+            *textwrap.wrap(self.verdict, WIDTH),
             *(
                 f"output {o.tensor!r}, nothing marked: "
                 + (o.error.problem or f"relative error {o.error.relative:.3g}, ")
@@ -246,7 +248,8 @@ class ComparisonReport:
             "",
         ]
         chosen = self._chosen(rows)
-        width = max((len(_cut(layer.layer)) for layer in self.layers), default=5)
+        names = [cut(layer.layer, 32) for layer in self.layers]
+        width = max(map(len, names), default=5)
         lines.append(
             f"     # {'layer':{width}} {'operator':18} {'rel. error':>10} {'of inputs':>10} "
             f"{'cosine':>9} {'largest':>9}"
@@ -254,12 +257,12 @@ class ComparisonReport:
         before = -1
         for index in chosen:
             if index > before + 1:
-                lines.append(f"       {'...':{width}}")
+                lines.append("       ...")
             before = index
             layer = self.layers[index]
             mark = ">>" if layer is self.first_bad else (" !" if layer.parted else "  ")
             lines.append(
-                f"{mark}{index:>4} {_cut(layer.layer):{width}} {layer.op:18.18} "
+                f"{mark}{index:>4} {names[index]:{width}} {layer.op:18.18} "
                 + (
                     layer.error.problem
                     or f"{layer.error.relative:10.3g} {layer.inherited:10.3g} "
@@ -267,7 +270,7 @@ class ComparisonReport:
                 )
             )
         if chosen and chosen[-1] < len(self.layers) - 1:
-            lines.append(f"       {'...':{width}}")
+            lines.append("       ...")
         if self.unmeasured:
             lines.append(f"{self.unmeasured} tensors of a were not compared")
         return "\n".join(lines)
@@ -606,11 +609,6 @@ def _bytes(probe: TensorProbe, tensor: str) -> int:
     if shape is None:
         return _UNKNOWN_BYTES
     return math.prod(shape) * np.dtype(probe.dtype(tensor) or "float32").itemsize
-
-
-def _cut(name: str, width: int = 48) -> str:
-    """A long name without its middle."""
-    return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[-width // 2 :]}"
 
 
 def _finite(value: float) -> float | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sn72engine import _deps
 from sn72engine.errors import InputError
+from sn72engine.text import cut
 from sn72kernels import atomic
 
 if TYPE_CHECKING:
@@ -51,10 +52,13 @@ def plot(report: ComparisonReport, path: Path) -> Path:
     axes.set_yscale("log")
     low, high = min(*heights, bound), max(*heights, bound)
     axes.set_ylim(max(low / 5, _FLOOR / 2), high * (high / low) ** 0.45 * 3)  # room for labels
+    # No figures beside the labels: their lines must not be read as values.
+    axes.set_yticks([tick for tick in axes.get_yticks() if low / 5 <= tick <= high * 5])
+    axes.minorticks_off()
     axes.set_xlim(-0.03 * len(heights) - 0.5, len(heights) * 1.03 - 0.5)
     _label(axes, report, heights)
     if len(heights) <= 24:
-        axes.set_xticks(list(places), [_short(layer.layer, 16) for layer in report.layers])
+        axes.set_xticks(list(places), [cut(layer.layer, 16) for layer in report.layers])
         axes.tick_params(axis="x", labelrotation=45, labelsize=8)
         for tick in axes.get_xticklabels():
             tick.set_ha("right")
@@ -67,7 +71,7 @@ def plot(report: ComparisonReport, path: Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(
         f"{textwrap.fill(report.verdict, 125)}\na: {report.names[0]}   b: {report.names[1]}   "
-        f"{report.samples} samples, the worst of which counts",
+        f"{report.samples} samples, the worst call counts",
         loc="left",
         fontsize=9.5,
         color=_INK,
@@ -89,7 +93,7 @@ def _label(axes: Any, report: ComparisonReport, heights: list[float]) -> None:
         side = "right" if place > 0.7 * len(layers) else "left"
         # Each label has a row of its own above the data, so that none lies on another.
         axes.annotate(
-            f" {_short(layers[place].layer, 40)} ({layers[place].op}) ",
+            f" {cut(layers[place].layer, 40)} ({layers[place].op}) ",
             (place, heights[place]),
             xytext=(place, 0.97 - 0.06 * row),
             textcoords=("data", "axes fraction"),
@@ -103,6 +107,7 @@ def _label(axes: Any, report: ComparisonReport, heights: list[float]) -> None:
                 "arrowstyle": "-",
                 "color": _BAD if first else _SOFT,
                 "lw": 0.8,
+                "ls": ":",
                 "relpos": (1.0 if side == "right" else 0.0, 0.0),
             },
             zorder=4,
@@ -114,7 +119,3 @@ def _height(layer: LayerError) -> float:
     if math.isinf(relative) or math.isnan(relative):
         return 10.0  # shown at the top; the label and the title say what it is
     return max(relative, _FLOOR)
-
-
-def _short(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width // 2 - 1]}…{text[-width // 2 :]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from sn72engine.errors import InputError, MissingDependencyError, SessionError
 from sn72engine.introspection import layers_of, onnx_graph, plan_header
 from sn72engine.introspection.layer import Layer
 from sn72engine.model import OnnxModel
+from sn72engine.spec import BuildOptions, TensorRTOptions
+from sn72engine.text import Column, table, wrapped
 
 #: Backend -> where its layers come from.
 _SOURCES = {
@@ -80,6 +83,7 @@ def inspect_engine(folder: Path) -> dict[str, Any]:
         "path": str(folder),
         "bytes": sum(file.bytes for file in engine.manifest.files),
         "manifest": manifest,
+        "options": engine.manifest.build_options,
     }
     if engine.path.suffix == ".onnx":
         graph = inspect_onnx(engine.path)
@@ -117,14 +121,16 @@ def render(report: dict[str, Any], *, layers: bool = False) -> str:
     """Either report as text for a person; ``layers`` lists every layer."""
     facts = report.get("manifest") or report
     graph = report.get("graph") or (report if "operators" in report else None)
-    lines = [f"{report['kind']:10} {report['path']}  ({report['bytes'] / 1e6:.2f} MB)"]
+    lines = [f"{report['kind']:10} {report['path']}  ({_size(report['bytes'])})"]
     if report["kind"] == "engine":
         lines += [
             f"backend    {facts['backend']} {facts['backend_version']} for {facts['target']}",
-            f"batch      {facts['batch']['min']}..{facts['batch']['max']}, "
-            f"tuned for {facts['batch']['opt']}",
+            f"batch      {_range(facts['batch'])}",
+            *(f"profile    {_range(profile)}" for profile in report["options"].get("profiles", ())),
             f"built      {facts['created']} in {facts['build_seconds']:.1f} s",
         ]
+        if chosen := _chosen_options(report["options"]):
+            lines.append(wrapped("options", ", ".join(chosen)))
     lines.append(f"precision  {facts['precision']}")
     for side in ("inputs", "outputs"):
         for spec in facts[side]:
@@ -133,13 +139,12 @@ def render(report: dict[str, Any], *, layers: bool = False) -> str:
     preprocess = facts.get("preprocess")
     if preprocess:
         shown = ", ".join(f"{key}={value}" for key, value in preprocess.items())
-        lines.append(f"preprocess {shown}")
+        lines.append(wrapped("preprocess", shown))
     if graph:
-        lines.append("operators  " + ", ".join(f"{n} {op}" for op, n in graph["operators"].items()))
+        counts = (f"{n}\N{NO-BREAK SPACE}{op}" for op, n in graph["operators"].items())
+        lines.append(wrapped("operators", ", ".join(counts)).replace("\N{NO-BREAK SPACE}", " "))
         for dtype, entry in graph["weights"].items():
-            lines.append(
-                f"weights    {dtype}: {entry['tensors']} tensors, {entry['bytes'] / 1e6:.3f} MB"
-            )
+            lines.append(f"weights    {dtype}: {entry['tensors']} tensors, {_size(entry['bytes'])}")
     quantization = facts.get("quantization") or facts.get("record", {}).get("quantization")
     if quantization:
         lines.append(
@@ -150,8 +155,9 @@ def render(report: dict[str, Any], *, layers: bool = False) -> str:
     if verification:
         lines.append(f"verified   {'passed' if verification['passed'] else 'REFUSED'}")
     if header := report.get("header"):
-        lines.append("header     " + ", ".join(f"{name} {told}" for name, told in header.items()))
-    lines += [f"note       {note}" for note in facts.get("notes", ())]
+        told = {k: ", ".join(v) if isinstance(v, list) else v for k, v in header.items()}
+        lines.append(wrapped("header", "; ".join(f"{k} {v}" for k, v in told.items())))
+    lines += [wrapped("note", note) for note in facts.get("notes", ())]
     lines += _layer_lines(report, listed=layers)
     return "\n".join(lines)
 
@@ -160,27 +166,70 @@ def _layer_lines(report: dict[str, Any], *, listed: bool) -> list[str]:
     """A summary of the layers and, if asked for, a line for each."""
     layers = report["layers"]
     if not layers:
-        return [f"layers     {report['layers_from']}"]
+        return [wrapped("layers", report["layers_from"])]
     precisions = Counter(layer["precision"] or "?" for layer in layers).most_common()
-    lines = [
-        f"layers     {len(layers)}, from {report['layers_from']}; results in "
-        + ", ".join(f"{count} {name}" for name, count in precisions)
-    ]
+    types = ", ".join(f"{count} {name}" for name, count in precisions)
+    lines = [wrapped("layers", f"{len(layers)}, from {report['layers_from']}; results in {types}")]
     fused = [layer["fused"] for layer in layers if layer["fused"]]
     if fused:
         lines.append(f"fused      {sum(map(len, fused))} layers of the source run as {len(fused)}")
-    if listed:
-        width = max(min(max(len(layer["name"]) for layer in layers), 48), 5)
-        lines += [
-            "",
-            f"{'layer':{width}}  {'type':24} {'result':9} {'shape':22} {'weights':>10}  runs on",
-        ]
-        for layer in layers:
-            shape = "x".join(map(str, layer["shape"]))
-            weights = f"{layer['weight_bytes'] / 1e3:.1f} kB" if layer["weight_bytes"] else ""
-            also = f"  <- {', '.join(layer['fused'])}" if layer["fused"] else ""
-            lines.append(
-                f"{layer['name']:{width}.{width}}  {layer['op'].rpartition('.')[2]:24.24} "
-                f"{layer['precision']:9.9} {shape:22.22} {weights:>10}  {layer['runs_on']}{also}"
+    runners = {_runner(layer) for layer in layers}
+    if len(runners) == 1 and "" not in runners:
+        lines.append(f"runs on    {runners.pop()}")
+    if not listed:
+        return lines
+    head, *rows = table(
+        [
+            Column("layer", 30),
+            Column("type", 18),
+            Column("result", 24),
+            Column("weights", 9, right=True),
+            Column("runs on", 20 if not any(layer["weight_bytes"] for layer in layers) else 12),
+        ],
+        [
+            (
+                layer["name"],
+                layer["op"].rpartition(".")[2],
+                f"{layer['precision']}[{','.join(map(str, layer['shape']))}]",
+                _size(layer["weight_bytes"]) if layer["weight_bytes"] else "",
+                _runner(layer) if len(runners) > 1 else "",
             )
+            for layer in layers
+        ],
+    )
+    lines += ["", head]
+    for row, layer in zip(rows, layers, strict=True):
+        lines.append(row)
+        if layer["fused"]:
+            lines.append(wrapped("    <-", ", ".join(layer["fused"]), 7))
     return lines
+
+
+def _runner(layer: dict[str, Any]) -> str:
+    """Execution provider or kernel of a layer, without the part that all providers' names share."""
+    name: str = layer["runs_on"]
+    return name.removesuffix("ExecutionProvider")
+
+
+def _range(batch: dict[str, int]) -> str:
+    return f"{batch['min']}..{batch['max']}, tuned for {batch['opt']}"
+
+
+def _size(count: int) -> str:
+    """A byte count in the unit that suits it."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def _chosen_options(options: Mapping[str, Any]) -> list[str]:
+    """Build options that are not at their default, beside those that have lines of their own."""
+    given = {**options, **options.get("tensorrt", {})}
+    usual = {**BuildOptions().to_dict(), **TensorRTOptions().to_dict()}
+    told = ("batch", "precision", "profiles", "tensorrt", "backend", "target")
+    return [
+        f"{name}={value}"
+        for name, value in given.items()
+        if name not in told and value != usual.get(name)
+    ]

@@ -7,12 +7,21 @@ are told apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sn72engine.text import cut, wrapped
+
 #: Facts of a report that say where it came from or how long it took, not what it is.
-_INCIDENTAL = ("path", "created", "build_seconds", "key", "sha256", "layers", "layers_from")
+_INCIDENTAL = ("path", "created", "build_seconds", "key", "format", "layers", "layers_from")
+
+#: Facts that are told elsewhere in the report, and by better names.
+_REPEATED = {
+    "fingerprint": ("backend", "backend_version", "target", "options", "preprocess_sha256"),
+    "options": ("batch", "precision"),
+    "quantization": ("modules", "nodes"),
+}
 
 #: Facts of a layer that are compared.
 _LAYER_FACTS = ("op", "precision", "shape", "weight_bytes", "fused", "runs_on")
@@ -20,7 +29,10 @@ _LAYER_FACTS = ("op", "precision", "shape", "weight_bytes", "fused", "runs_on")
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A fact that differs: its dotted name, and its values; None where one has none."""
+    """A fact that differs: its dotted name, and its values; None where one has none.
+
+    A group of facts that only one of them has is one change, with a mapping for its value.
+    """
 
     name: str
     a: Any
@@ -76,7 +88,7 @@ class InspectionDiff:
         lines = [f"a  {self.paths[0]}", f"b  {self.paths[1]}"]
         if self.same:
             return "\n".join([*lines, "no difference"])
-        lines += _some([f"  {c.name}: {_shown(c.a)} -> {_shown(c.b)}" for c in self.facts], rows)
+        lines += _some([_line("", c) for c in self.facts], rows)
         lines.append(
             f"layers: {self.layers[0]} -> {self.layers[1]}; {len(self.removed)} removed, "
             f"{len(self.added)} added, {len({c.name.rpartition(': ')[0] for c in self.changed})} "
@@ -84,20 +96,13 @@ class InspectionDiff:
         )
         lines += _some([f"  - {name}" for name in self.removed], rows)
         lines += _some([f"  + {name}" for name in self.added], rows)
-        lines += _some(
-            [f"  ~ {c.name}: {_shown(c.a)} -> {_shown(c.b)}" for c in self.changed], rows
-        )
+        lines += _some([_line("~ ", c) for c in self.changed], rows)
         return "\n".join(lines)
 
 
 def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> InspectionDiff:
     """Compare two reports of :mod:`sn72engine.inspection`, of whatever kind each is."""
-    before, after = _flat(_identity(a)), _flat(_identity(b))
-    facts = tuple(
-        Change(name, before.get(name), after.get(name))
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    )
+    facts = tuple(_changes(_identity(a), _identity(b)))
     old = {layer["name"]: layer for layer in a.get("layers", ())}
     new = {layer["name"]: layer for layer in b.get("layers", ())}
     changed = tuple(
@@ -118,37 +123,53 @@ def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> InspectionDiff:
 
 
 def _identity(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A report without what is incidental; tensors by name, so that their order does not count."""
+    """A report without what is incidental; tensors by name, so that their order does not count.
+
+    An engine's report has its manifest and its graph one level down, where a file's has the same
+    facts at the top.
+    """
+    levels = (report, report.get("manifest") or {}, report.get("graph") or {})
+    return _kept({name: value for level in levels for name, value in level.items()})
+
+
+def _kept(facts: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
     kept: dict[str, Any] = {}
-    for name, value in report.items():
-        if name in _INCIDENTAL:
+    for name, value in facts.items():
+        if name in (*_INCIDENTAL, "manifest", "graph", *without):
             continue
         if name in ("inputs", "outputs"):
             kept[name] = {t["name"]: f"{t['dtype']}{t['shape']}" for t in value}
         elif name == "files":
-            kept[name] = {file["name"]: {"bytes": file["bytes"]} for file in value}
+            kept[name] = sorted(file["name"] for file in value)
         elif isinstance(value, Mapping):
-            kept[name] = _identity(value)
+            kept[name] = _kept(value, _REPEATED.get(name, ()))
         else:
             kept[name] = value
-    # The manifest repeats nothing but stands one level down in an engine's report.
-    return {**kept, **kept.pop("manifest", {})}
+    return kept
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{above}{name}.")
-        else:
-            flat[f"{above}{name}"] = value
-    return flat
+def _changes(a: Mapping[str, Any], b: Mapping[str, Any], above: str = "") -> Iterator[Change]:
+    """Facts that differ, by name; those of a group that both have one by one."""
+    for name in sorted(a.keys() | b.keys()):
+        x, y = a.get(name), b.get(name)
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            yield from _changes(x, y, f"{above}{name}.")
+        elif x != y:
+            yield Change(f"{above}{name}", x, y)
+
+
+def _line(mark: str, change: Change) -> str:
+    text = f"{change.name}: {_shown(change.a)} -> {_shown(change.b)}"
+    return wrapped(f"  {mark}", text, 2 + len(mark))
 
 
 def _shown(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if value is None or value in ("", [], ()):
+        return "nothing"
+    if isinstance(value, Mapping):
+        simple = {k: v for k, v in value.items() if not isinstance(v, (Mapping, list))}
+        return ", ".join(f"{k} {cut(str(v), 20)}" for k, v in simple.items())
+    return cut(str(value), 60)
 
 
 def _some(lines: list[str], most: int) -> list[str]:

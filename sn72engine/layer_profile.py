@@ -19,6 +19,7 @@ from sn72engine.errors import InputError
 from sn72engine.introspection import layers_of, timed_runs
 from sn72engine.introspection.layer import TimedRun
 from sn72engine.spec import Options, RuntimeOptions, check_int
+from sn72engine.text import Column, table
 from sn72engine.trace import Span, write_trace
 from sn72engine.trial import random_inputs
 
@@ -128,20 +129,34 @@ class LayerProfile:
         numbers = Counter(layer.op for layer in self.layers)
         lines = [
             f"{self.engine}, batch {self.batch}: {len(self.layers)} layers, "
-            f"{self.layers_ms:.3f} ms of a call of {self.call_ms:.3f} ms, medians of {self.runs} "
-            "runs with the profiler on",
+            f"{self.layers_ms:.3f} ms of a call of {self.call_ms:.3f} ms",
+            f"medians of {self.runs} runs with the profiler on",
             "",
-            f"{'type':24} {'layers':>6} {'ms':>9} {'share':>7}",
-            *(
-                f"{op or '-':24.24} {numbers[op]:>6} {ms:9.3f} {ms / total:7.1%}"
-                for op, ms in self.by_op.items()
+            *table(
+                [
+                    Column("type", 40),
+                    Column("layers", 6, right=True),
+                    Column("ms", 9, right=True),
+                    Column("share", 6, right=True),
+                ],
+                [
+                    (op or "-", str(numbers[op]), f"{ms:.3f}", f"{ms / total:.1%}")
+                    for op, ms in self.by_op.items()
+                ],
             ),
             "",
-            f"{'layer':48} {'type':20} {'ms':>9} {'share':>7}  runs on",
-            *(
-                f"{layer.name:48.48} {layer.op:20.20} {layer.ms:9.3f} {layer.share:7.1%}  "
-                f"{layer.runs_on}"
-                for layer in self.top(count)
+            *table(
+                [
+                    Column("layer", 34),
+                    Column("type", 22),
+                    Column("ms", 9, right=True),
+                    Column("share", 6, right=True),
+                    Column("runs on", 21),
+                ],
+                [
+                    (layer.name, layer.op, f"{layer.ms:.3f}", f"{layer.share:.1%}", layer.runs_on)
+                    for layer in self.top(count)
+                ],
             ),
         ]
         if len(self.layers) > count:

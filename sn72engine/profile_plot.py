@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sn72engine import _deps
 from sn72engine.errors import InputError
+from sn72engine.text import cut
 from sn72kernels import atomic
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def plot(profile: LayerProfile, path: Path, count: int) -> Path:
     shares = _shares(profile)
     colours = dict(zip(shares, _COLOURS, strict=False)) | {_OTHERS: "#c3c7cf"}
     _draw_shares(whole, shares, colours)
-    names = [_short(layer.name, 46) for layer in layers]
+    names = [cut(layer.name, 46) for layer in layers]
     places = list(range(len(layers)))
     bars = [colours.get(layer.op, colours[_OTHERS]) for layer in layers]
     single.barh(places, [layer.ms for layer in layers], color=bars, height=0.72)
@@ -50,6 +51,7 @@ def plot(profile: LayerProfile, path: Path, count: int) -> Path:
     single.set_xlabel("milliseconds, median", fontsize=9)
     single.spines[["top", "right", "left"]].set_visible(False)
     single.tick_params(axis="y", length=0)
+    single.tick_params(axis="x", labelsize=8)
     single.grid(axis="x", color="#e4e6ea", linewidth=0.7)
     single.set_axisbelow(True)
     rest = len(profile.layers) - len(layers)
@@ -113,7 +115,3 @@ def _draw_shares(axes: Any, shares: dict[str, float], colours: dict[str, str]) -
     axes.set_ylim(-0.5, 0.5)
     axes.axis("off")
     axes.set_title("Types of layers", loc="left", fontsize=9.5, color=_INK)
-
-
-def _short(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width // 2 - 1]}…{text[-width // 2 :]}"

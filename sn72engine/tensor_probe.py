@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 
-from sn72engine import _deps, onnx_file
+from sn72engine import _deps, emulation, onnx_file
 from sn72engine.backends import get_backend
 from sn72engine.engine import Engine, EngineFile, Manifest
 from sn72engine.errors import InputError, SessionError
@@ -42,7 +42,7 @@ class TensorProbe:
 
     Args:
         subject: an engine of a CPU backend, which runs as it was built; or an ONNX file, which
-            runs as it is written.
+            runs as it is written, with FP8 and FP4 emulated on a CPU.
         backend: what runs an ONNX file. TensorRT builds a new engine for each set of tensors and
             needs a GPU.
         batch: samples per call.
@@ -82,6 +82,8 @@ class TensorProbe:
                 opened.enter_context(tempfile.TemporaryDirectory(prefix="sn72-probe-"))
             )
             self._proto = onnx_file.load(source)
+            if self.backend in CPU_BACKENDS:
+                emulation.emulate(self._proto)  # formats that no CPU computes in; others stay
             # With the weights in a file of their own, marking other tensors rewrites little.
             onnx_file.write(self._proto, self._folder / _FILE, external_data_bytes=0)
             self.proto = _inferred(self._proto, batch)
@@ -212,6 +214,11 @@ def _manifest_of(
     fixed = model.inputs[0].shape[0] if model.inputs and model.inputs[0].shape else batch
     if isinstance(fixed, int) and fixed != batch:
         raise InputError(f"{model.path.name} takes batch {fixed} only; compare with batch={fixed}")
+    if backend == "openvino" and set(model.formats) - {"int8"}:
+        raise InputError(
+            f"{model.path.name} is {model.precision}, which OpenVINO computes wrongly or not at "
+            "all on a CPU: compare it with 'onnxruntime', where it is emulated"
+        )
     target = "cpu"
     if backend not in CPU_BACKENDS:
         from sn72engine.backends.tensorrt_device import device_target

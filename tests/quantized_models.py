@@ -53,8 +53,8 @@ def exported(name: str) -> OnnxModel:
 
 
 @functools.cache
-def quantized(name: str, method: str = "max") -> OnnxModel:
+def quantized(name: str, method: str = "max", precision: str = "int8") -> OnnxModel:
     """Its Q/DQ form."""
-    options = QuantizeOptions(method=method)  # type: ignore[arg-type]
-    path = Path(_folder().name) / f"{name}.{method}.onnx"
+    options = QuantizeOptions(method=method, precision=precision)  # type: ignore[arg-type]
+    path = Path(_folder().name) / f"{name}.{method}.{precision}.onnx"
     return quantize(exported(name), data(), options, path)

@@ -154,6 +154,17 @@ def test_what_our_quantiser_writes_has_every_name_of_the_float_model() -> None:
     assert 0 < max(layer.error.relative for layer in report.layers) < 0.1
 
 
+def test_formats_that_no_cpu_has_are_emulated() -> None:
+    model = quantized_models.exported("transformer")
+    images = quantized_models.images(2, seed=7)
+    fp8 = quantized_models.quantized("transformer", precision="fp8")
+    report = compare(model, fp8, images)
+    assert not report.parted, report.render()
+    assert 0.01 < max(layer.error.relative for layer in report.layers) < 0.2
+    with pytest.raises(InputError, match="is fp8, which OpenVINO computes wrongly"):
+        compare(model, fp8, images, CompareOptions(other_backend="openvino"))
+
+
 def test_engines_of_two_backends(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     batch = ShapeRange(1, 2, 4)

@@ -150,7 +150,8 @@ def test_diff_of_files_tells_what_was_added_removed_and_changed(tmp_path: Path) 
     facts = {change.name: (change.a, change.b) for change in found.facts}
     assert facts["precision"] == ("fp32", "int8")
     assert facts["operators.QuantizeLinear"] == (None, 1)
-    assert facts["weights.int8.bytes"] == (None, 8 * 27 + 8 + 1)
+    assert facts["weights.int8"] == (None, {"tensors": 3, "bytes": 8 * 27 + 8 + 1})
+    assert "weights.int8: nothing -> tensors 3, bytes 225" in found.render()
     assert "path" not in facts
     assert "  + q" in found.render()
     back = diff(int8_file, float_file)
@@ -171,11 +172,13 @@ def test_diff_of_engines_tells_options_and_fingerprint(tmp_path: Path) -> None:
     found = diff(*reports)
     facts = {change.name: (change.a, change.b) for change in found.facts}
     assert facts["batch.max"] == (1, 4)
-    assert any(name.startswith("fingerprint.options") for name in facts)
-    assert "key" not in facts
+    assert facts["batch.opt"] == (1, 2)
+    assert len(facts) == 2  # each is told once, and what is incidental not at all
     assert not found.added + found.removed
     across = diff(
         reports[1], inspection.inspect_engine(engine_of(tmp_path, "convolution", "openvino").folder)
     )
-    assert {c.name: (c.a, c.b) for c in across.facts}["backend"] == ("onnxruntime", "openvino")
+    told = {c.name: (c.a, c.b) for c in across.facts}
+    assert told["backend"] == ("onnxruntime", "openvino")
+    assert not [name for name in told if name.startswith(("manifest", "fingerprint.backend"))]
     assert "c" in across.added
