@@ -72,9 +72,17 @@ def attend() -> None:
 
 def resize() -> None:
     images = torch.randint(
-        0, 256, (2, *sizes((31, 43), (15, 20)), 3), generator=seeded(0), dtype=torch.uint8
+        0, 256, (2, *sizes((31, 43), (5, 6)), 3), generator=seeded(0), dtype=torch.uint8
     )
-    rest = ([13, 17], (0.5,) * 3, (0.25,) * 3, "center_crop", 1.0, "bicubic", HALF)
+    rest = (
+        list(sizes((13, 17), (4, 5))),
+        (0.5,) * 3,
+        (0.25,) * 3,
+        "center_crop",
+        1.0,
+        "bicubic",
+        HALF,
+    )
     preprocess.launch_preprocess(images.to(DEVICE), *rest)
 
 
@@ -103,9 +111,9 @@ def product(fp8: bool) -> None:
 
 CALLS: dict[str, Callable[[], None]] = {
     "layernorm_gelu": lambda: norm(5, 1000),
-    "layernorm_gelu, wide": lambda: norm(3, sizes(20001, 16500)),
+    "layernorm_gelu, wide": lambda: norm(sizes(3, 1), WIDE),
     "cascade_route": lambda: route(1001),
-    "cascade_route, two launches": lambda: route(sizes(20001, 16500)),
+    "cascade_route, two launches": lambda: route(WIDE),
     "classifier_head": head,
     "ensemble_vote": vote,
     "rope": rotate,

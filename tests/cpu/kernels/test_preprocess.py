@@ -78,8 +78,8 @@ def test_one_call_of_pillow_is_within_one_step(source: tuple[int, int]) -> None:
 
 @given(
     count=st.sampled_from((0, 1, 2)),
-    source=st.sampled_from(((1, 1), (5, 9), (8, 6))),
-    size=st.sampled_from(((2, 3), (3, 70), (8, 8), (5, 4))),
+    source=st.sampled_from(((1, 1), (5, 7), (6, 4))),
+    size=st.sampled_from(((3, 4), (3, 70), (6, 6), (5, 3))),
     fit=st.sampled_from(("center_crop", "squash", "pad")),
     interpolation=st.sampled_from(tuple(PILLOW)),
     dtype=st.sampled_from(op.DTYPES),
