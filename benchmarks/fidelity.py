@@ -58,6 +58,11 @@ LITE0 = {
     "int8 entropy, file": (QuantizeOptions(method="entropy"), False),
     "int8 max, file": (QuantizeOptions(method="max"), False),
     "fp8, file": (QuantizeOptions(precision="fp8"), False),
+    # The projections, which end each block unrectified; named after the folded normalisation.
+    "fp8 without projections, file": (
+        QuantizeOptions(precision="fp8", overrides={"*_bn2": "float"}),
+        False,
+    ),
 }
 VIT = {
     "int8 entropy, module": (QuantizeOptions(method="entropy"), True),
