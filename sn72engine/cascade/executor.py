@@ -58,6 +58,8 @@ log = logging.getLogger("sn72engine.cascade")
 Progress = Callable[[list[Result], list[bool]], None]
 """Gets what is known of each sample between two stages, and which samples are settled."""
 
+_Known = tuple[Indices, Floats]  # positions of samples, and their probabilities
+
 Bounds = tuple[Floats, Floats]
 """Thresholds of a stage: float32, each a scalar (shape ()) or one per sample (shape (n,))."""
 
@@ -186,10 +188,15 @@ class CpuExecutor:
             if group[0] < first:
                 continue
             marks = {number: self._marked(number, request) for number in group}
-            waiting = tally.open(np.logical_or.reduce([*marks.values()]))
+            given = [mark for mark in marks.values() if mark is not None]
+            marked = np.logical_or.reduce(given) if len(given) == len(marks) else None
+            waiting = tally.open(marked)
             for start in range(0, len(waiting), spec.max_batch):
                 batch = waiting[start : start + spec.max_batch]
-                asked = {number: batch[mark[batch]] for number, mark in marks.items()}
+                asked = {
+                    number: batch if mark is None else batch[mark[batch]]
+                    for number, mark in marks.items()
+                }
                 self._run_batch(asked, request, tally, counts)
             if request.progress is not None and group is not self._groups[-1]:
                 known = tally.snapshot(self._names, spec.decision_threshold, top1=spec.top1)
@@ -199,9 +206,10 @@ class CpuExecutor:
         """Take no more work; for each stage, whether it is idle and so may be closed."""
         return tuple(worker.close(patience) for worker in self._workers)
 
-    def _marked(self, number: int, request: Request) -> NDArray[np.bool_]:
+    def _marked(self, number: int, request: Request) -> NDArray[np.bool_] | None:
+        """Samples that a stage's trigger marks; None for all."""
         when = self._spec.stages[number].when
-        return np.ones(len(request.samples), bool) if when == ALWAYS else request.flags[when]
+        return None if when == ALWAYS else request.flags[when]
 
     def _run_batch(
         self,
@@ -214,6 +222,7 @@ class CpuExecutor:
         first = min(asked)
         asked = {number: batch for number, batch in asked.items() if batch.size}
         said = _Said.nothing(len(request.samples))
+        known: _Known | None = None
         for number, answer in self._ask(asked, request, counts).items():
             batch, count = asked[number], counts[number]
             count.asked += len(batch)
@@ -233,9 +242,9 @@ class CpuExecutor:
             scored = self._take_scores(number, answer, tally)
             count.failed += len(batch) - scored.index.size
             count.escalated += scored.index.size  # less those that leave, see _route
-            self._combine(number, scored, tally, said)
+            known = self._combine(number, scored, tally, said)
         with span("route"):
-            self._route(first, said, request, tally, counts)
+            self._route(first, said, known if len(asked) == 1 else None, request, tally, counts)
 
     def _ask(
         self, asked: Mapping[int, Indices], request: Request, counts: Sequence[StageCounts]
@@ -311,34 +320,45 @@ class CpuExecutor:
             labels = None if labels is None else labels[good]
         return _Scored(index, scores, labels)
 
-    def _combine(self, number: int, scored: _Scored, tally: Tally, said: _Said) -> None:
-        """Combine the scores of a stage with what is known."""
+    def _combine(self, number: int, scored: _Scored, tally: Tally, said: _Said) -> _Known:
+        """Combine the scores of a stage with what is known; the samples that it changed."""
         stage = self._spec.stages[number]
-        changed, _ = tally.add(scored.index, scored.scores, number, stage.combine, stage.weight)
+        known = tally.add(scored.index, scored.scores, number, stage.combine, stage.weight)
         if scored.labels is not None:
             tally.label(scored.index, scored.labels)
-        said.last[changed] = number
+        said.last[known[0]] = number + 1
         if stage.negative_exit:
             said.negative_exit[scored.index] = True
+        return known
 
     def _route(
         self,
         first: int,
         said: _Said,
+        known: _Known | None,
         request: Request,
         tally: Tally,
         counts: Sequence[StageCounts],
     ) -> None:
-        """Let sure samples leave, and end those for which time ran out."""
-        tally.late(tally.open(said.late))
-        index = tally.open(said.last >= 0)
+        """Let sure samples leave, and end those for which time ran out.
+
+        ``known`` spares looking up what the only stage that was asked has changed.
+        """
+        if said.late.any():
+            tally.late(tally.open(said.late))
+        if known is None:
+            index = tally.open(said.last > 0)
+            known = index, tally.probability(index)
+        index, probability = known
         low, high = (b if b.ndim == 0 else b[index] for b in request.bounds[first])
-        routes = route(tally.probability(index), low, high)
-        routes[(routes == NEGATIVE) & ~said.negative_exit[index]] = ESCALATE
+        routes = route(probability, low, high)
+        leaving = routes == NEGATIVE
+        if leaving.any():
+            routes[leaving & ~said.negative_exit[index]] = ESCALATE
         request.samples.drop(tally.leave(index, routes))
         last = said.last[index]
-        for number in set(last.tolist()):
-            exits, count = routes[last == number], counts[number]
+        for mark in set(last.tolist()):
+            exits, count = routes[last == mark], counts[mark - 1]
             negative = int(np.count_nonzero(exits == NEGATIVE))
             positive = int(np.count_nonzero(exits == POSITIVE))
             count.negative += negative
@@ -350,7 +370,7 @@ class CpuExecutor:
 class _Said:
     """What the stages of a group did, one element per sample of the request.
 
-    ``last`` is the number of the last stage that changed the answer, -1 for none;
+    ``last`` is one more than the number of the last stage that changed the answer, 0 for none;
     ``negative_exit`` marks what was scored by a stage that has one; ``late`` what a stage that
     overran was asked about.
     """
@@ -361,7 +381,7 @@ class _Said:
 
     @classmethod
     def nothing(cls, count: int) -> _Said:
-        return cls(np.full(count, -1), np.zeros(count, bool), np.zeros(count, bool))
+        return cls(np.zeros(count, np.int64), np.zeros(count, bool), np.zeros(count, bool))
 
 
 @dataclass(frozen=True, slots=True)
