@@ -9,8 +9,8 @@ Without weights, for sizes and times; what the model says then means nothing::
     python examples/export_qwen3_vl.py --random-weights          # the size of the 2B model
     python examples/export_qwen3_vl.py --random-weights --tiny   # two layers
 
-vLLM serves the FP8 folder (``vllm serve example-output/qwen3-vl/fp8``), TensorRT-LLM both; a
-cascade asks either through ``VlmStage``.
+Both folders are in layouts that vLLM and SGLang load (``vllm serve
+example-output/qwen3-vl/int4_awq``; not tried here). A cascade asks a server through ``VlmStage``.
 """
 
 from __future__ import annotations

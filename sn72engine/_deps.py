@@ -82,6 +82,7 @@ DEPENDENCIES: dict[str, Dependency] = {
         _dep("sklearn", "scikit-learn", "1.5", "demo"),
         _dep("skimage", "scikit-image", "0.24", "demo"),
         _dep("transformers", "transformers", "5.0", "demo"),
+        _dep("safetensors", "safetensors", "0.5", "demo"),
     )
 }
 

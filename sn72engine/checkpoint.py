@@ -1,16 +1,17 @@
 """Vision-language model -> checkpoint with INT4-AWQ or FP8 weights, for a server such as vLLM.
 
-The language model's linear layers are calibrated and packed by NVIDIA ModelOpt and written in its
-"unified Hugging Face" layout: safetensors with the original names, and a ``config.json`` that holds
-a ``quantization_config``. The vision tower, the embeddings and the output layer stay in float, by
-ModelOpt's own rules. Everything runs on a CPU.
+The language model's linear layers are calibrated and rounded by NVIDIA ModelOpt and written as
+safetensors with the original names and a ``config.json`` that holds a ``quantization_config``. The
+vision tower, the embeddings and the output layer stay in float, by ModelOpt's own rules. Everything
+runs on a CPU.
 
-Who loads it (sources of vLLM as of 2026): vLLM takes ``fp8``; of ModelOpt's 4-bit layouts it takes
-NVFP4 only, so ``int4_awq`` is for TensorRT-LLM.
+Who loads it (sources of vLLM and SGLang as of 2026; neither was run): ``fp8`` is ModelOpt's own
+layout, which both take. Of its 4-bit layouts they take NVFP4 only, so ``int4_awq`` is written as
+``pack-quantized`` of compressed-tensors (:mod:`sn72engine.checkpoint_layout`).
 
 AWQ: Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and
 Acceleration": input channels that matter are scaled up before the weights are rounded, and the
-inverse goes into the layer before, or into a ``pre_quant_scale`` where there is none.
+inverse goes into the layer before (:mod:`sn72engine.checkpoint_scales`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sn72engine import _deps
+from sn72engine import _deps, checkpoint_layout, checkpoint_scales
+from sn72engine.checkpoint_layout import BLOCK, FUSED
 from sn72engine.errors import CalibrationError, InputError, QuantizationError
 from sn72engine.progress import Progress
 from sn72engine.quiet import quiet
@@ -41,14 +43,15 @@ CheckpointFormat = Literal["int4_awq", "fp8"]
 #: File in the folder that says how the checkpoint was made.
 RECORD = "sn72engine.json"
 
-#: Inputs that share one scale in ``int4_awq``.
-BLOCK = 128
-
-#: Format -> ModelOpt's configuration, and the type of packed weights in the safetensors header.
-_FORMATS: Mapping[str, tuple[str, str]] = {
-    "int4_awq": ("INT4_AWQ_CFG", "U8"),
-    "fp8": ("FP8_DEFAULT_CFG", "F8_E4M3"),
+#: Format -> ModelOpt's configuration, and the ending and type of packed weights in the file.
+_FORMATS: Mapping[str, tuple[str, str, str]] = {
+    "int4_awq": ("INT4_AWQ_CFG", ".weight_packed", "I32"),
+    "fp8": ("FP8_DEFAULT_CFG", ".weight", "F8_E4M3"),
 }
+
+#: Least cosine of the logits before and after AWQ's scales are moved, without rounding. Moving them
+#: changes nothing but the last bits of weights in bfloat16.
+_MOVED = 0.999
 
 #: Batches whose logits are compared before and after.
 _COMPARED = 4
@@ -125,8 +128,9 @@ def export_checkpoint(
         progress: show a bar; None shows it on a terminal only.
 
     Raises:
-        QuantizationError: no layer was quantised, an excluded pattern matches none, the quantised
-            model gives NaN, or ModelOpt failed.
+        QuantizationError: no layer was quantised, an excluded pattern matches none or tears apart
+            layers that servers load as one, AWQ's scales have no place to go, the quantised model
+            gives NaN, or ModelOpt failed.
         CalibrationError: too little data, or data that holds NaN or does not fit the model.
         InputError: ``folder`` holds something else.
         MissingDependencyError: nvidia-modelopt or transformers is absent.
@@ -173,19 +177,24 @@ def export_checkpoint(
                 f"{len(asked)} layers were to be quantised, but ModelOpt quantised "
                 f"{len(quantised)}; differing: {', '.join(sorted(asked ^ set(quantised))[:5])}"
             )
+        if options.format == "int4_awq":
+            _settle(torch, model, data, before, quantised)
         cosine = _cosine(torch, before, _logits(torch, model, data))
         bar.note("write")
         # ModelOpt looks the kind of model up there; one made from a configuration has none yet.
         configured: Any = model.config
         configured.architectures = configured.architectures or [_class_name(model)]
+        dtype = model.dtype
         try:
             writer.export_hf_checkpoint(model, export_dir=scratch)
         except Exception as error:
             raise QuantizationError(_failure("write the checkpoint", error, said)) from error
+        if options.format == "int4_awq":
+            checkpoint_layout.rewrite(scratch, quantised, skipped, dtype)
         if processor is not None:
             processor.save_pretrained(scratch)
         weights = sorted(scratch.glob("*.safetensors"))
-        _check_packed(weights, len(quantised), _FORMATS[options.format][1])
+        _check_packed(weights, len(quantised), *_FORMATS[options.format][1:])
         made = Checkpoint(
             folder=folder,
             format=options.format,
@@ -264,10 +273,41 @@ def _configuration(
         matching = [r for r in rules[1:] if fnmatch.fnmatch(f"{name}.weight_quantizer", r)]
         if matching:
             skipped.setdefault(name, f"left in float by ModelOpt's rule {matching[0]!r}")
+    _refuse_torn_groups(linears, skipped)
     config["quant_cfg"] += [
         {"quantizer_name": f"{name}.*_quantizer", "enable": False} for name in skipped
     ]
     return config, skipped
+
+
+def _refuse_torn_groups(linears: Iterable[str], skipped: Mapping[str, str]) -> None:
+    """Refuse to quantise some, but not all, of the layers that servers load as one."""
+    for name in skipped:
+        block, _, own = name.rpartition(".")
+        for group in FUSED:
+            others = [f"{block}.{other}" for other in group if own in group]
+            rest = [other for other in others if other in linears and other not in skipped]
+            if rest:
+                raise QuantizationError(
+                    f"{name} stays in float ({skipped[name]}), but {', '.join(rest)} would be "
+                    "quantised; servers load them as one, so exclude all or none"
+                )
+
+
+def _settle(
+    torch: Any, model: Any, data: Iterable[Batch], before: Any, quantised: tuple[str, ...]
+) -> None:
+    """Move AWQ's scales into the layers before, and check that this alone changes no answer."""
+    checkpoint_scales.settle(model)
+    with checkpoint_scales.unrounded(model.get_submodule(name) for name in quantised):
+        cosine = _cosine(torch, before, _logits(torch, model, data))
+    if cosine < _MOVED:
+        raise QuantizationError(
+            f"AWQ's scales cannot be moved into the layers before: the logits then have cosine "
+            f"{cosine:.4f} with those of the model, below {_MOVED}; there is something between "
+            "v_proj and o_proj or up_proj and down_proj that is not linear. Use fp8, or exclude "
+            "the latter"
+        )
 
 
 def _enabled(torch: Any, model: Any) -> tuple[str, ...]:
@@ -305,7 +345,7 @@ def _class_name(model: Any) -> str:
     return next(c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers"))
 
 
-def _check_packed(weights: list[Path], count: int, dtype: str) -> None:
+def _check_packed(weights: list[Path], count: int, ending: str, dtype: str) -> None:
     """Refuse files in which not every quantised layer's weight is packed."""
     packed = 0
     for path in weights:
@@ -313,7 +353,7 @@ def _check_packed(weights: list[Path], count: int, dtype: str) -> None:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
         packed += sum(
-            name.endswith(".weight") and fact["dtype"] == dtype for name, fact in header.items()
+            name.endswith(ending) and fact["dtype"] == dtype for name, fact in header.items()
         )
     if packed != count:
         raise QuantizationError(

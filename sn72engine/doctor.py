@@ -55,6 +55,7 @@ MODULES = (
     ("sklearn", "demo"),
     ("skimage", "demo"),
     ("transformers", "demo"),
+    ("safetensors", "demo"),
 )
 
 #: Pairs of distributions that overwrite each other's files.

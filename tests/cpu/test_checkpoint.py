@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sn72engine import _deps
+from sn72engine import _deps, checkpoint_scales
 from sn72engine.checkpoint import (
     BLOCK,
     RECORD,
@@ -18,6 +18,7 @@ from sn72engine.checkpoint import (
     export_checkpoint,
 )
 from sn72engine.errors import CalibrationError, InputError, OptionError, QuantizationError
+from sn72engine.quiet import quiet
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(
@@ -28,7 +29,7 @@ LAYER = "model.language_model.layers.0"
 IMAGE = 500
 
 
-def tiny(seed: int = 0, width: int = 256) -> Any:
+def tiny(seed: int = 0, width: int = 256, bias: bool = False) -> Any:
     """Qwen3-VL of two layers with random weights."""
     torch.manual_seed(seed)
     text = {
@@ -39,6 +40,7 @@ def tiny(seed: int = 0, width: int = 256) -> Any:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,
+        "attention_bias": bias,
         "rope_parameters": {"rope_type": "default", "mrope_section": [12, 10, 10]},
     }
     vision = {
@@ -82,11 +84,25 @@ class Words:
         (folder / "tokenizer.json").write_text("{}")
 
 
+#: Weights of the INT4 model as it was measured: those of ModelOpt, rounded, after settling.
+MEASURED: dict[str, torch.Tensor] = {}
+
+
 @pytest.fixture(scope="module", params=["int4_awq", "fp8"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("checkpoint") / "out"
     options = CheckpointOptions(format=request.param)
-    return export_checkpoint(tiny(), batches(), options, folder, processor=Words())
+    settle = checkpoint_scales.settle
+
+    def settle_and_note(model: Any) -> None:
+        settle(model)
+        for name, layer in model.named_modules():
+            if name.startswith("model.language_model.") and isinstance(layer, torch.nn.Linear):
+                MEASURED[name] = layer.weight_quantizer(layer.weight).detach().clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_scales, "settle", settle_and_note)
+        return export_checkpoint(tiny(), batches(), options, folder, processor=Words())
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -98,10 +114,12 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def unpacked(packed: torch.Tensor) -> torch.Tensor:
-    """Two outputs to a byte, the first in the low half, two's complement: (n/2, m) to (n, m)."""
-    halves = torch.stack((packed & 15, packed >> 4), 1).flatten(0, 1).int()
-    return torch.where(halves > 7, halves - 16, halves)
+def weight(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The weight of an INT4 layer as a server computes it: eight inputs to a word, value plus 8."""
+    words = tensors[f"{name}.weight_packed"].long() % 2**32
+    values = torch.stack([words // 16**digit % 16 - 8 for digit in range(8)], 2).flatten(1)
+    assert values.shape == tuple(tensors[f"{name}.weight_shape"])
+    return values * tensors[f"{name}.weight_scale"].repeat_interleave(BLOCK, 1)
 
 
 def test_the_language_model_is_quantised_and_nothing_else(made: Checkpoint) -> None:
@@ -116,10 +134,17 @@ def test_the_language_model_is_quantised_and_nothing_else(made: Checkpoint) -> N
 def test_the_folder_is_what_a_server_loads(made: Checkpoint) -> None:
     config = json.loads((made.folder / "config.json").read_text())
     assert config["architectures"] == ["Qwen3VLForConditionalGeneration"]
-    wanted = {"int4_awq": "W4A16_AWQ", "fp8": "FP8"}[made.format]
-    assert config["quantization_config"]["quant_algo"] == wanted
-    assert config["quantization_config"]["quant_method"] == "modelopt"
-    assert "lm_head" in config["quantization_config"]["ignore"]
+    quantization = config["quantization_config"]
+    if made.format == "fp8":
+        assert quantization["quant_algo"] == "FP8"
+        assert quantization["quant_method"] == "modelopt"
+        assert "lm_head" in quantization["ignore"]
+    else:
+        assert quantization["format"] == "pack-quantized"
+        assert quantization["quant_method"] == "compressed-tensors"
+        assert any("lm_head" in pattern for pattern in quantization["ignore"])
+        assert not (made.folder / "hf_quant_config.json").exists()
+        assert not [name for name in stored(made.folder) if name.endswith("pre_quant_scale")]
     assert (made.folder / "tokenizer.json").is_file()
     record = json.loads((made.folder / RECORD).read_text())
     assert record["quantised"] == list(made.quantised)
@@ -141,27 +166,57 @@ def test_sizes(made: Checkpoint) -> None:
 def test_weights_are_near_the_original(made: Checkpoint) -> None:
     """Half a step of the format for every element: AWQ scales channels, but clips nothing."""
     original, tensors = tiny().state_dict(), stored(made.folder)
-    for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+    for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj"):
         name = f"{LAYER}.{part}"
-        weight, packed = original[f"{name}.weight"], tensors[f"{name}.weight"]
-        scale = tensors[f"{name}.weight_scale"]
+        wanted, scale = original[f"{name}.weight"], tensors[f"{name}.weight_scale"]
         if made.format == "fp8":
-            got = packed.float() * scale
+            got = tensors[f"{name}.weight"].float() * scale
             # Three bits of mantissa: 1/16 of the value, or half the smallest subnormal.
-            step = weight.abs() / 16 + scale * 2.0**-10
+            step = wanted.abs() / 16 + scale * 2.0**-10
         else:
-            scale = scale.repeat_interleave(BLOCK, 1)
-            # What goes before the rounding: in the normalisation before, which was all ones, or
-            # beside the weight.
-            norm = {"q_proj": "input_layernorm", "up_proj": "post_attention_layernorm"}
-            where = norm.get(part.split(".")[1])
-            smooth = tensors[f"{LAYER}.{where}.weight" if where else f"{name}.pre_quant_scale"]
+            # What goes before the rounding is in the normalisation before, which was all ones.
+            norm = "post_attention_layernorm" if "mlp" in part else "input_layernorm"
+            smooth = tensors[f"{LAYER}.{norm}.weight"]
             assert smooth.std() > 0.01
-            got = unpacked(packed) * scale * smooth
-            step = scale * smooth / 2
-        error = (got - weight).abs()
+            got = weight(tensors, name) * smooth
+            step = scale.repeat_interleave(BLOCK, 1) * smooth / 2
+        error = (got - wanted).abs()
         assert bool((error <= step * 1.001 + 1e-7).all()), (name, (error / step).max())
         assert error.mean() > 0.1 * step.mean()  # it was rounded indeed
+
+
+def test_int4_weights_are_those_that_were_measured(made: Checkpoint) -> None:
+    """Of every layer, but for the last bit of a float32."""
+    if made.format == "fp8":
+        pytest.skip("written by ModelOpt alone")
+    tensors = stored(made.folder)
+    assert MEASURED.keys() == set(made.quantised)
+    for name, wanted in MEASURED.items():
+        step = tensors[f"{name}.weight_scale"].repeat_interleave(BLOCK, 1)
+        steps = (weight(tensors, name) - wanted).abs() / step
+        # ModelOpt's export takes the mean of equal scales once more; in float32 that can move the
+        # last bit, and with it a weight that lies halfway between two values.
+        assert (steps > 1e-4).float().mean() < 1e-4, name
+
+
+def test_transformers_reads_the_int4_checkpoint(made: Checkpoint) -> None:
+    """With compressed-tensors: the logits are those of the model that was measured."""
+    if made.format == "fp8":
+        pytest.skip("transformers does not read ModelOpt's layout")
+    pytest.importorskip("compressed_tensors")
+    with quiet("compressed_tensors", "transformers"):
+        read = transformers.Qwen3VLForConditionalGeneration.from_pretrained(made.folder).eval()
+        layer = read.get_submodule(f"{LAYER}.mlp.down_proj")
+        assert layer.weight_packed.dtype == torch.int32
+        assert not hasattr(read.model.visual.blocks[0].attn.qkv, "weight_packed")
+        got, float_logits = logits(read), logits(tiny())
+    cosine = float(torch.nn.functional.cosine_similarity(got, float_logits, dim=0))
+    assert cosine == pytest.approx(made.cosine, abs=2e-5)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([model(**batch).logits.flatten() for batch in batches()[:4]])
 
 
 def test_fidelity_is_of_the_quantised_model(made: Checkpoint) -> None:
@@ -171,7 +226,9 @@ def test_fidelity_is_of_the_quantised_model(made: Checkpoint) -> None:
 
 def test_layers_that_do_not_fit_or_are_excluded_stay(tmp_path: Path) -> None:
     options = CheckpointOptions(exclude=("*.layers.1.*",), minimum=1)
-    made = export_checkpoint(tiny(width=320), batches(1), options, tmp_path / "out")
+    model = tiny(width=320, bias=True)
+    model.get_submodule(f"{LAYER}.self_attn.v_proj").bias.data.normal_()
+    made = export_checkpoint(model, batches(1), options, tmp_path / "out")
     assert made.quantised == tuple(
         f"{LAYER}.{part}" for part in ("self_attn.o_proj", "mlp.down_proj")
     )
@@ -192,6 +249,27 @@ def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
     options = CheckpointOptions(exclude=("*.nothing",), minimum=1)
     with pytest.raises(QuantizationError, match=r"exclude='\*\.nothing' matches none of the 27"):
         export_checkpoint(tiny(), batches(1), options, tmp_path / "out")
+
+
+def test_layers_that_servers_load_as_one_are_not_torn_apart(tmp_path: Path) -> None:
+    options = CheckpointOptions(exclude=("*.layers.0.*.k_proj",), format="fp8", minimum=1)
+    with pytest.raises(
+        QuantizationError, match=r"k_proj stays in float \(.*q_proj, .*v_proj would"
+    ):
+        export_checkpoint(tiny(), batches(1), options, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_scales_are_not_moved_past_what_is_not_linear(tmp_path: Path) -> None:
+    """As in models that normalise the values."""
+    model = tiny()
+    values = model.get_submodule(f"{LAYER}.self_attn.v_proj")
+    values.weight.data.mul_(torch.exp(2 * torch.randn(128, 1)))  # else the scale is about 1
+    values.register_forward_hook(lambda _, inputs, output: output.sign() * output.abs() ** 0.5)
+    options = CheckpointOptions(exclude=("*.layers.1.*", "*.layers.0.mlp.*"), minimum=1)
+    with pytest.raises(QuantizationError, match=r"AWQ's scales cannot be moved .* cosine 0\.9"):
+        export_checkpoint(model, batches(1), options, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_unfit_data_is_refused(tmp_path: Path) -> None:
