@@ -272,7 +272,7 @@ class ComparisonReport:
         if chosen and chosen[-1] < len(self.layers) - 1:
             lines.append("       ...")
         if self.unmeasured:
-            lines.append(f"{self.unmeasured} tensors of a were not compared")
+            lines.append(f"tensors of a that were not compared: {self.unmeasured}")
         return "\n".join(lines)
 
     def save_plot(self, path: str | Path) -> Path:

@@ -48,6 +48,7 @@ def plot(report: ComparisonReport, path: Path) -> Path:
         ha="right",
         fontsize=8,
         color=_INK,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
     )
     axes.set_yscale("log")
     low, high = min(*heights, bound), max(*heights, bound)

@@ -55,6 +55,7 @@ from sn72engine.spec import (
     SelectOptions,
 )
 from sn72engine.store import Store
+from sn72engine.text import wrapped
 from sn72engine.verifier import verify
 from sn72kernels import atomic
 
@@ -155,7 +156,8 @@ class Selection:
     def render(self) -> str:
         """The report as text, a line per candidate."""
         origin = " (remembered)" if self.remembered else ""
-        return "\n".join([f"{self.reason}{origin}", *(f"  {c}" for c in self.candidates)])
+        lines = [wrapped("", f"{self.reason}{origin}", 0)]
+        return "\n".join([*lines, *(wrapped("  ", str(c), 2) for c in self.candidates)])
 
 
 def backends_here() -> tuple[BackendName, ...]:

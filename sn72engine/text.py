@@ -30,7 +30,7 @@ def cut(text: str, width: int) -> str:
 def wrapped(label: str, text: str, indent: int = 11) -> str:
     """A label and its text, which goes on below itself where it is too long for a line."""
     return textwrap.fill(
-        text,
+        text or "-",
         WIDTH,
         initial_indent=f"{label:{indent}}",
         subsequent_indent=" " * indent,

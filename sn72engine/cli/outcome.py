@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sn72engine.errors import InputError, OptionError
 from sn72engine.spec import Preprocess, ShapeRange
+from sn72engine.text import wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -164,9 +165,9 @@ def engine_folder(text: str) -> Path:
 
 
 def table(rows: list[tuple[str, object]]) -> str:
-    """Two aligned columns."""
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+    """Two aligned columns; long values go on below themselves."""
+    width = max((len(name) for name, _ in rows), default=0) + 2
+    return "\n".join(wrapped(name, str(value), width) for name, value in rows)
 
 
 def megabytes(count: int) -> str:

@@ -28,6 +28,7 @@ def test_wrapped_hangs_below_its_text() -> None:
     assert lines[0].startswith("note       word")
     assert all(line.startswith(" " * 11 + "word") for line in lines[1:])
     assert max(map(len, lines)) <= WIDTH
+    assert wrapped("note", "") == f"{'note':11}-"
     assert wrapped("engine", "/a" * 90) == f"{'engine':11}{'/a' * 90}"  # a path stays whole
 
 
