@@ -45,7 +45,7 @@ def body(record: dict[str, Any], pictures: Sequence[str] = ()) -> str:
         for dtype in sorted({race["dtype"] for race in grid}):
             parts += [
                 f"`layernorm_gelu`, {dtype}: percent of the copy bandwidth; speed-up over "
-                "`torch.compile`; over PyTorch eager.",
+                "`torch.compile`; over PyTorch eager; over the best peer, where one took part.",
                 _grid_table([race for race in grid if race["dtype"] == dtype]),
             ]
         parts += [_op_table(rest)] if rest else []
@@ -150,7 +150,7 @@ def _cell(race: dict[str, Any]) -> str:
         return f"wrong: {ours['note']}"
     parts = [f"{ours['copy_percent']:.0f}%"]
     parts += [_times(race["speedups"].get(name)) for name in RIVALS]
-    return "; ".join(parts)
+    return "; ".join([*parts, *_best_peer(race)])
 
 
 def _op_table(races: Sequence[dict[str, Any]]) -> str:
@@ -171,7 +171,7 @@ def _op_table(races: Sequence[dict[str, Any]]) -> str:
                 _rate(ours["tflop_s"]),
                 "" if ours["gemm_percent"] is None else f"{ours['gemm_percent']:.0f}",
                 *(_times(race["speedups"].get(rival)) for rival in RIVALS),
-                _best_peer(race),
+                "; ".join(_best_peer(race) or _absent(race)),
             ]
         )
     head = ["case", "dtype", "us", "GB/s", "% of copy", "TFLOP/s", "% of product"]
@@ -179,16 +179,21 @@ def _op_table(races: Sequence[dict[str, Any]]) -> str:
     return markdown.table(head, rows, text_columns=2)
 
 
-def _best_peer(race: dict[str, Any]) -> str:
+def _best_peer(race: dict[str, Any]) -> list[str]:
+    """The speed-up over the fastest of the other packages; empty where none took part."""
     ratios = {
         name: ratio
         for name, ratio in race["speedups"].items()
         if name not in RIVALS and not name.startswith(harness.OURS)
     }
-    if ratios:
-        name = min(ratios, key=lambda key: ratios[key])
-        return f"{_times(ratios[name])} ({name})"
-    return "; ".join(f"{name}: {why}" for name, why in race["absent"].items())
+    if not ratios:
+        return []
+    name = min(ratios, key=lambda key: ratios[key])
+    return [f"{_times(ratios[name])} ({name})"]
+
+
+def _absent(race: dict[str, Any]) -> list[str]:
+    return [f"{name}: {why}" for name, why in race["absent"].items()]
 
 
 def _split(races: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
