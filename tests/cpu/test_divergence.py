@@ -52,7 +52,7 @@ def model(tmp_path: Path) -> OnnxModel:
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     weight=st.sampled_from(sorted(READERS)),

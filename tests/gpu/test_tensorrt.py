@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from sn72engine import _deps
+from sn72engine import _deps, inspection
 from sn72engine.builder import build
+from sn72engine.divergence import CompareOptions, compare
+from sn72engine.layer_profile import ProfileOptions, profile
 from sn72engine.model import OnnxModel
 from sn72engine.pool import SessionPool
 from sn72engine.refitter import refit
@@ -202,3 +204,22 @@ def test_the_plugin_computes_the_pair(store: Store, tmp_path: Path) -> None:
     x = rng.standard_normal((5, 7, 64)).astype(np.float32)
     with Session(engine) as session:
         close(session(x), expected(model, store, x))
+
+
+def test_layers_and_their_times_are_told(library: Any, store: Store, tmp_path: Path) -> None:
+    model = tiny_models.convolution(tmp_path / "m.onnx")
+    options = BuildOptions(backend=library, batch=BATCH, precision="fp16")
+    engine = build(model, options, store=store)
+    report = inspection.inspect_engine(engine.folder)
+    assert report["layers"], report["layers_from"]
+    assert "engine inspector" in report["layers_from"]
+    found = profile(engine, ProfileOptions(batch=4, warmup=1, repeats=5))
+    assert found.layers_ms > 0
+    assert {layer.name for layer in found.layers} <= {layer["name"] for layer in report["layers"]}
+
+
+def test_an_engine_agrees_with_the_cpu_layer_by_layer(library: Any, tmp_path: Path) -> None:
+    model = tiny_models.convolution(tmp_path / "m.onnx")
+    report = compare(model, model, options=CompareOptions(other_backend=library))
+    assert not report.parted, report.render()
+    assert len(report.layers) == 5
