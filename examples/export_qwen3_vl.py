@@ -9,8 +9,8 @@ Without weights, for sizes and times; what the model says then means nothing::
     python examples/export_qwen3_vl.py --random-weights          # the size of the 2B model
     python examples/export_qwen3_vl.py --random-weights --tiny   # two layers
 
-Both folders are in layouts that vLLM and SGLang load (``vllm serve
-example-output/qwen3-vl/int4_awq``; not tried here). A cascade asks a server through ``VlmStage``.
+vLLM has loaders for both folders (``vllm serve example-output/qwen3-vl/int4_awq``), SGLang for the
+INT4 one; neither was tried. A cascade asks a server through ``VlmStage``.
 """
 
 from __future__ import annotations

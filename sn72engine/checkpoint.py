@@ -6,8 +6,8 @@ vision tower, the embeddings and the output layer stay in float, by ModelOpt's o
 runs on a CPU.
 
 Who loads it (sources of vLLM and SGLang as of 2026; neither was run): ``fp8`` is ModelOpt's own
-layout, which both take. Of its 4-bit layouts they take NVFP4 only, so ``int4_awq`` is written as
-``pack-quantized`` of compressed-tensors (:mod:`sn72engine.checkpoint_layout`).
+layout, which vLLM takes. Of its 4-bit layouts both take NVFP4 only, so ``int4_awq`` is written as
+``pack-quantized`` of compressed-tensors (:mod:`sn72engine.checkpoint_layout`), which both take.
 
 AWQ: Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and
 Acceleration": input channels that matter are scaled up before the weights are rounded, and the
