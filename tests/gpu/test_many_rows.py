@@ -21,7 +21,7 @@ from sn72kernels.ops.rope import op as rope
 from sn72kernels.ops.rope import tables
 from tests.gpu.support import DEVICE, free_bytes, seeded, sizes
 
-MANY = sizes(2**31, 2**11)
+MANY = sizes(2**31, 2**9)
 
 
 def tall(per_row: tuple[int, ...], dtype: torch.dtype, copies: float) -> torch.Tensor:
