@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -211,10 +211,70 @@ def choose(
         InputError: the probabilities are none, or no size of the curve holds every count.
         OptionError: no choice keeps the memory limit.
     """
+    return choose_together([curve], [probabilities], options)[0]
+
+
+def choose_together(
+    curves: Sequence[LatencyCurve],
+    probabilities: Sequence[ArrayLike],
+    options: BucketOptions | None = None,
+) -> list[BucketPlan]:
+    """:func:`choose` for stages that share a memory limit: the smallest sum of expected times.
+
+    Args:
+        curves, probabilities: of each stage.
+        options: limits. The number of buckets is that of each stage, the memory that of all.
+
+    Returns:
+        A plan for each stage.
+
+    Raises:
+        as :func:`choose` does.
+    """
     options = options if options is not None else BucketOptions()
-    weights = _checked(probabilities)
-    largest = _largest(weights)
-    batches = curve.batches
+    limit = math.inf if options.memory_bytes is None else options.memory_bytes
+    weights = [_checked(one) for one in probabilities]
+    # (seconds, bytes, buckets of each stage so far), of which none is worse in both.
+    together: list[tuple[float, int, tuple[tuple[int, ...], ...]]] = [(0.0, 0, ())]
+    for curve, weight in zip(curves, weights, strict=True):
+        together = _undominated(
+            [
+                (spent + seconds, held + size, (*chosen, buckets))
+                for spent, held, chosen in together
+                for seconds, size, buckets in _choices(curve, weight, options.max_buckets, limit)
+                if held + size <= limit
+            ]
+        )
+    if not together:
+        least = sum(
+            min(size for b, size in zip(c.batches, c.bytes, strict=True) if b >= _largest(w))
+            for c, w in zip(curves, weights, strict=True)
+        )
+        raise OptionError(
+            f"memory_bytes={options.memory_bytes!r} is too little: one bucket that holds every "
+            f"count takes {least}" + (f", for {len(curves)} stages" if len(curves) > 1 else "")
+        )
+    return [
+        BucketPlan(
+            buckets,
+            expected_seconds(buckets, curve, weight),
+            expected_waste(buckets, weight),
+            _memory(buckets, curve),
+            curve,
+            tuple(weight.tolist()),
+            options,
+        )
+        for buckets, curve, weight in zip(together[0][2], curves, weights, strict=True)
+    ]
+
+
+def _choices(curve: LatencyCurve, weights: Floats, max_buckets: int, limit: float) -> list[_Choice]:
+    """Choices that hold every count, of which none is worse than another in time and memory.
+
+    Raises:
+        InputError: no size of the curve holds every count.
+    """
+    largest, batches = _largest(weights), curve.batches
     if batches[-1] < largest:
         raise InputError(
             f"{largest} samples may come, but the latency curve ends at batch {batches[-1]}; "
@@ -226,14 +286,12 @@ def choose(
         last = len(below) - 1
         return float(below[min(high, last)] - below[min(low, last)])
 
-    limit = math.inf if options.memory_bytes is None else options.memory_bytes
-    # For each largest bucket, choices (seconds, bytes, buckets) of which none is worse than another
-    # in both; a choice is extended by one bucket a round.
-    best: _Choice | None = None
+    # For each largest bucket, the choices that end with it; a round extends each by one bucket.
+    complete: list[_Choice] = []
     rounds: dict[int, list[_Choice]] = {
         0: [(0.0, 0, ())]  # ends at size 0: nothing chosen yet
     }
-    for _ in range(options.max_buckets):
+    for _ in range(max_buckets):
         grown: dict[int, list[_Choice]] = {}
         for end, choices in rounds.items():
             for batch, seconds, size in zip(batches, curve.seconds, curve.bytes, strict=True):
@@ -245,33 +303,27 @@ def choose(
                     for spent, held, buckets in choices
                     if held + size <= limit
                 )
-        rounds = {end: _undominated(choices) for end, choices in grown.items()}
-        for end, choices in rounds.items():
-            if end >= largest and choices:
-                best = choices[0] if best is None else min(best, choices[0])
-    if best is None:
-        least = min(
-            size for batch, size in zip(batches, curve.bytes, strict=True) if batch >= largest
-        )
-        raise OptionError(
-            f"memory_bytes={options.memory_bytes!r} is too little: the bucket that holds {largest} "
-            f"samples alone takes {least}"
-        )
-    seconds, held, buckets = best
-    return BucketPlan(
-        buckets, seconds, expected_waste(buckets, weights), held, curve, tuple(weights), options
-    )
+        rounds = {
+            end: _undominated(choices, only_fastest=math.isinf(limit))
+            for end, choices in grown.items()
+        }
+        complete += [c for end, choices in rounds.items() if end >= largest for c in choices]
+    return _undominated(complete, only_fastest=math.isinf(limit))
 
 
 _Choice = tuple[float, int, tuple[int, ...]]
 
 
-def _undominated(choices: list[_Choice]) -> list[_Choice]:
-    kept: list[_Choice] = []
+_Kept = TypeVar("_Kept", bound=tuple[float, int, Any])
+
+
+def _undominated(choices: list[_Kept], *, only_fastest: bool = False) -> list[_Kept]:
+    """Fastest first, each with less memory than those before it; ties go to less memory."""
+    kept: list[_Kept] = []
     for choice in sorted(choices):
         if not kept or choice[1] < kept[-1][1]:
             kept.append(choice)
-    return kept
+    return kept[:1] if only_fastest else kept
 
 
 def expected_seconds(
@@ -314,11 +366,25 @@ def escalation_counts(batch: int, share: float) -> Floats:
         share: of them that escalate, 0 to 1.
     """
     check_int("batch", batch, 1)
+    return escalated(np.eye(1, batch + 1, batch)[0], share)
+
+
+def escalated(probabilities: ArrayLike, share: float) -> Floats:
+    """Probability of each count after a stage, from that before it; see :func:`escalation_counts`.
+
+    Args:
+        probabilities: of each count, from 0 on, that reaches the stage.
+        share: of the samples that escalate, 0 to 1.
+    """
     if not 0.0 <= share <= 1.0:
         raise OptionError(f"share={share!r} must be in [0, 1]")
-    return np.array(
-        [math.comb(batch, k) * share**k * (1 - share) ** (batch - k) for k in range(batch + 1)]
-    )
+    # Horner's rule on the generating function, whose argument becomes (1 - share) + share * z:
+    # only sums of what is not negative, and no binomial coefficient that could overflow.
+    found = np.zeros(1)
+    for weight in _checked(probabilities)[::-1]:
+        found = np.convolve(found, [1.0 - share, share])
+        found[0] += weight
+    return found[:-1]
 
 
 def observed_counts(counts: Sequence[int]) -> Floats:

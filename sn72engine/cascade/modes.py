@@ -23,12 +23,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sn72engine.cascade.buckets import BucketOptions, BucketPlan
 from sn72engine.cascade.device import DeviceLaunches
 from sn72engine.cascade.executor import CpuExecutor, Executor
 from sn72engine.cascade.graphed import GraphExecutor, Launches
 from sn72engine.cascade.host import HostLaunches
 from sn72engine.cascade.lane import CapturedStage, Lane
 from sn72engine.cascade.report import ExecutorReport
+from sn72engine.cascade.sizing import measured_plans, with_plans
 from sn72engine.cascade.spec import CascadeSpec
 from sn72engine.cuda.api import Driver
 from sn72engine.cuda.bindings import open_driver
@@ -36,7 +38,7 @@ from sn72engine.cuda.driver import driver_available
 from sn72engine.cuda.layout import FAILURE_BITS, MAX_BUCKETS
 from sn72engine.errors import CascadeError, CudaUnavailableError, OptionError, Sn72Error
 from sn72engine.graphs import Capturer, GraphStore, TorchCapturer
-from sn72engine.spec import Options, check_int
+from sn72engine.spec import Options, check_int, check_number
 from sn72engine.stages.base import Stage
 from sn72engine.stages.capture import Capturable, Offers
 
@@ -58,20 +60,49 @@ class GraphOptions(Options):
         lanes: batches that can be on the GPU at a time. Each lane has its own memory and graphs;
             with one, nothing hides the time in which the host prepares the next batch.
         buckets: numbers of rows that each stage is captured for, ascending; the largest batch is
-            added. Empty takes :func:`default_buckets`.
+            added. Empty takes :func:`default_buckets`. ``measured`` times each stage at these when
+            the cascade opens and chooses among them, see :mod:`sn72engine.cascade.sizing`: fewer
+            graphs and less memory, for a longer opening, and not the same ones on every machine.
+        max_buckets: most that ``measured`` chooses for a stage.
+        memory_bytes: most device memory that the graphs which ``measured`` chooses may take, all
+            stages and lanes together, as measured; None for no limit.
+        shares: of the samples that escalate from the first stage, the second, and so on, as
+            ``measured`` expects them; the last one holds for later stages. A cascade's report has
+            them as ``escalated`` of ``asked``.
     """
 
     lanes: int = 2
-    buckets: tuple[int, ...] = ()
+    buckets: tuple[int, ...] | Literal["measured"] = ()
+    max_buckets: int = 6
+    memory_bytes: int | None = None
+    shares: tuple[float, ...] = (0.3,)
 
     def __post_init__(self) -> None:
         check_int("lanes", self.lanes, 1, 16)
-        for bucket in self.buckets:
+        check_int("max_buckets", self.max_buckets, 1, MAX_BUCKETS)
+        if not self.shares:
+            raise OptionError("shares=() must hold at least one share")
+        for share in self.shares:
+            check_number("shares", share, 0.0, 1.0)
+        if self.memory_bytes is not None:
+            check_int("memory_bytes", self.memory_bytes, 0)
+        if self.buckets != "measured":
+            self._check_buckets(self.buckets)
+
+    def _check_buckets(self, buckets: tuple[int, ...]) -> None:
+        if not isinstance(buckets, tuple):
+            raise OptionError(f"buckets={buckets!r} must be a tuple of numbers or 'measured'")
+        for bucket in buckets:
             check_int("buckets", bucket, 1)
-        if any(a >= b for a, b in itertools.pairwise(self.buckets)):
-            raise OptionError(f"buckets={self.buckets!r} must be ascending")
-        if len(self.buckets) >= MAX_BUCKETS:
-            raise OptionError(f"buckets={self.buckets!r} must be fewer than {MAX_BUCKETS}")
+        if any(a >= b for a, b in itertools.pairwise(buckets)):
+            raise OptionError(f"buckets={buckets!r} must be ascending")
+        if len(buckets) >= MAX_BUCKETS:
+            raise OptionError(f"buckets={buckets!r} must be fewer than {MAX_BUCKETS}")
+        if self.memory_bytes is not None:
+            raise OptionError(
+                f"memory_bytes={self.memory_bytes!r} is a limit for buckets='measured', not for "
+                f"buckets={buckets!r}"
+            )
 
 
 def default_buckets(capacity: int) -> tuple[int, ...]:
@@ -176,9 +207,10 @@ def _offers(
 def _captured(
     spec: CascadeSpec, offers: Sequence[Capturable], options: GraphOptions
 ) -> list[CapturedStage]:
-    """The stages with their buckets, within what each can run."""
+    """The stages with their buckets, or candidates for them, within what each can run."""
     capacity = spec.max_batch
-    buckets = options.buckets or default_buckets(capacity)
+    given = () if options.buckets == "measured" else options.buckets
+    buckets = given or default_buckets(capacity)
     buckets = (*(bucket for bucket in buckets if bucket < capacity), capacity)
     captured = []
     for number, offer in enumerate(offers):
@@ -204,6 +236,17 @@ def _graphed(
 ) -> tuple[Executor, Callable[[], ExecutorReport]]:
     driver, capturer = gpu
     driver.enter()
+    plans: list[BucketPlan] = []
+    if options.buckets == "measured":
+        plans = measured_plans(
+            driver,
+            capturer,
+            captured,
+            lanes=options.lanes,
+            shares=options.shares,
+            options=BucketOptions(options.max_buckets, options.memory_bytes),
+        )
+        captured = with_plans(captured, plans)
     store = GraphStore(driver, capturer)
     lanes: list[Lane] = []
     try:
@@ -221,11 +264,12 @@ def _graphed(
     memory = store.bytes_by_bucket()
     executor = GraphExecutor(spec, list(zip(lanes, launches, strict=True)), cpu, store.close)
     names = tuple(stage.spec.name for stage in captured)
+    chosen_by = dict(zip(names, plans, strict=False))  # none where nothing was measured
 
     def report() -> ExecutorReport:
         if executor.failure:
             return ExecutorReport("cpu", f"the GPU failed: {executor.failure}")
-        return ExecutorReport(chosen, reason, names, options.lanes, memory)
+        return ExecutorReport(chosen, reason, names, options.lanes, memory, chosen_by)
 
     return executor, report
 

@@ -6,9 +6,12 @@ import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sn72engine.cascade.spec import StageSpec, parallel_groups
+
+if TYPE_CHECKING:
+    from sn72engine.cascade.buckets import BucketPlan
 
 
 @dataclass(slots=True)
@@ -58,7 +61,7 @@ class ExecutorReport:
 
     ``captured`` names the stages that run as CUDA graphs, ``lanes`` is how many batches can be on
     the GPU at a time, and ``bytes`` the device memory that capturing added, by stage and number
-    of rows.
+    of rows. ``plans`` has, by stage, how its numbers of rows were chosen, where they were measured.
     """
 
     mode: str
@@ -66,6 +69,7 @@ class ExecutorReport:
     captured: tuple[str, ...] = ()
     lanes: int = 0
     bytes: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    plans: Mapping[str, BucketPlan] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -78,7 +82,13 @@ class ExecutorReport:
                 {"stage": stage, "rows": rows, "bytes": size}
                 for (stage, rows), size in self.bytes.items()
             ],
+            "plans": {stage: plan.to_dict() for stage, plan in self.plans.items()},
         }
+
+    def explain(self) -> str:
+        """The choice as text: of the executor, and of the buckets where they were measured."""
+        plans = [f"{stage}: {plan.explain()}" for stage, plan in self.plans.items()]
+        return "\n".join([str(self), *plans])
 
     def __str__(self) -> str:
         captured = f", captured: {', '.join(self.captured)}" if self.captured else ""
@@ -120,7 +130,7 @@ class CascadeReport:
             f"{self.calls} calls, {self.samples} samples, "
             f"{1e3 * self.own_seconds / max(self.calls, 1):.3f} ms a call in the cascade itself"
         )
-        return "\n".join([header, *rows, total, str(self.executor)])
+        return "\n".join([header, *rows, total, self.executor.explain()])
 
 
 class Counters:

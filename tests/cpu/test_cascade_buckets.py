@@ -16,6 +16,8 @@ from sn72engine.cascade.buckets import (
     BucketPlan,
     LatencyCurve,
     choose,
+    choose_together,
+    escalated,
     escalation_counts,
     expected_seconds,
     expected_waste,
@@ -95,6 +97,52 @@ def test_more_buckets_or_memory_never_cost_time(
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(times))
 
 
+@settings(max_examples=60, deadline=None)
+@given(problems(), problems())
+def test_no_other_choice_is_faster_for_two_stages_together(
+    one: tuple[LatencyCurve, list[float], BucketOptions],
+    two: tuple[LatencyCurve, list[float], BucketOptions],
+) -> None:
+    curves, counts, options = [one[0], two[0]], [one[1], two[1]], one[2]
+    limit = options.memory_bytes
+    # Every way to share the memory out.
+    shares = [(None, None)] if limit is None else [(m, limit - m) for m in range(limit + 1)]
+    found = []
+    for memory in shares:
+        apart = [
+            by_force(curve, count, BucketOptions(options.max_buckets, own))
+            for curve, count, own in zip(curves, counts, memory, strict=True)
+        ]
+        if None not in apart:
+            found.append(sum(seconds for seconds in apart if seconds is not None))
+    if not found:
+        with pytest.raises(OptionError, match=r"is too little.*for 2 stages"):
+            choose_together(curves, counts, options)
+        return
+    plans = choose_together(curves, counts, options)
+    assert sum(plan.seconds for plan in plans) == pytest.approx(min(found), abs=1e-12)
+    assert limit is None or sum(plan.bytes for plan in plans) <= limit
+
+
+@given(st.integers(1, 12), st.floats(0, 1), st.floats(0, 1))
+def test_who_escalates_twice_escalates_with_the_product(
+    batch: int, first: float, second: float
+) -> None:
+    counts = escalation_counts(batch, first)
+    binomial = [
+        math.comb(batch, k) * first**k * (1 - first) ** (batch - k) for k in range(batch + 1)
+    ]
+    np.testing.assert_allclose(counts, binomial, atol=1e-12)
+    product = escalation_counts(batch, first * second)
+    np.testing.assert_allclose(escalated(counts, second), product, atol=1e-12)
+
+
+def test_large_batches_have_counts_too() -> None:
+    counts = escalation_counts(3000, 0.3)  # its binomial coefficients are beyond any float
+    assert counts.sum() == pytest.approx(1.0)
+    assert counts @ np.arange(3001) == pytest.approx(900.0)
+
+
 def test_a_count_runs_in_the_smallest_bucket_that_holds_it() -> None:
     plan = choose(linear_curve(), escalation_counts(64, 0.3), BucketOptions(4))
     assert plan.bucket(0) == 0
@@ -127,7 +175,7 @@ def test_the_limit_of_memory_is_kept_by_dropping_buckets() -> None:
     tight = choose(linear_curve(), counts, BucketOptions(6, memory_bytes=250))
     assert (len(roomy.buckets), len(tight.buckets)) == (6, 2)
     assert roomy.seconds < tight.seconds
-    with pytest.raises(OptionError, match="the bucket that holds 64 samples alone takes 100"):
+    with pytest.raises(OptionError, match="one bucket that holds every count takes 100"):
         choose(linear_curve(), counts, BucketOptions(6, memory_bytes=99))
 
 
