@@ -140,6 +140,16 @@ def test_layers_left_in_float_take_a_scale_too() -> None:
     assert torch.equal(made.v_proj.weight_quantizer.amax, ranges)
 
 
+def test_ranges_follow_what_was_folded_in() -> None:
+    """Also where no sharing with other layers renews them."""
+    made = quantised()
+    for layer in (made.q_proj, made.k_proj):
+        del layer.input_quantizer._pre_quant_scale
+    settle(made)
+    largest = made.v_proj.weight.abs().unflatten(1, (-1, BLOCK)).amax(2)
+    assert torch.equal(made.v_proj.weight_quantizer.amax.flatten(), largest.flatten())
+
+
 def test_groups_of_unknown_heads_are_an_error() -> None:
     made = quantised()
     del made.head_dim
