@@ -523,7 +523,8 @@ class BuildOptions(Options):
             return
         if self.backend not in TENSORRT_BACKENDS:
             raise OptionError(
-                f"profiles={self.profiles}: only TensorRT tunes ranges separately; give batch alone"
+                f"profiles={', '.join(map(str, self.profiles))}: only TensorRT tunes ranges "
+                "separately; give batch alone"
             )
         reach = self.batch.min - 1
         for profile in self.profiles:

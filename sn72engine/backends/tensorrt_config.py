@@ -168,9 +168,10 @@ def _name_cards(trt: Any, config: Any, targets: list[str]) -> None:
     for index, target in enumerate(targets):
         capability = members.get(target.replace("_", "").upper())
         if capability is None:
-            known = sorted(f"sm_{name[2:]}" for name in members if name.startswith("SM"))
+            numbers = sorted(int(name[2:]) for name in members if name.startswith("SM"))
+            known = ", ".join(f"sm_{number}" for number in numbers)
             raise BuildError(
-                f"target={target!r}: this TensorRT-RTX builds for {', '.join(known)}; for other "
+                f"target={target!r}: this TensorRT-RTX builds for {known}; for other "
                 "cards use backend='tensorrt' on a machine that has one"
             )
         if not config.set_compute_capability(capability, index):

@@ -9,8 +9,8 @@ from typing import Any
 #: Message of TensorRT -> what to do about it. The first that matches is given.
 ADVICE = (
     (
-        r"contains HW-specific datatypes: ([\w, ]+)",
-        r"the target lacks {1}: FP8 needs sm_89 or later, FP4 sm_100 or sm_120, BF16 sm_80; build "
+        r"target\(s\) ([\w, ]+), because the model contains HW-specific datatypes: ([\w, ]+)",
+        "{1} lacks {2}: FP8 needs sm_89 or later, FP4 sm_100 or sm_120, BF16 sm_80; build "
         "for such a target, or quantise to INT8, which runs on all",
     ),
     (
@@ -116,5 +116,7 @@ def advise(text: str) -> str:
     for pattern, advice in ADVICE:
         match = re.search(pattern, text)
         if match:
-            return advice.replace("{1}", match[1].strip() if match.groups() else "")
+            for place, found in enumerate(match.groups(), 1):
+                advice = advice.replace(f"{{{place}}}", found.strip())
+            return advice
     return ""
