@@ -21,6 +21,7 @@ EXAMPLES = """\
   sn72engine run road.yaml photos/ -o results.jsonl
   sn72engine run road.yaml 'cam1/*.jpg' cam2/0001.jpg --deadline 5
   sn72engine run KEY --score sigmoid photo.jpg
+  sn72engine run road.yaml photos/ --mode host
 """
 
 #: Images handed to the cascade at once, so that the progress bar moves and memory stays flat.
@@ -41,6 +42,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="mark every image with this trigger of the cascade (a stage's 'when'); repeatable",
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
+    parser.add_argument(
+        "--mode",
+        choices=("auto", "cpu", "host", "device"),
+        default="auto",
+        help="what runs the cascade: its stages one by one (cpu), CUDA graphs of them launched by "
+        "the host (host), or one graph (device); default: auto, which says what it chose",
+    )
     parser.add_argument(
         "--score",
         choices=("sigmoid", "softmax", "probability", "top1"),
@@ -66,7 +74,8 @@ def execute(options: argparse.Namespace) -> Outcome:
             # Before the work, so that a place that cannot be written to is found at once.
             scratch = opened.enter_context(atomic.replacing(options.output))
         runtime = RuntimeOptions(threads=options.threads)
-        cascade = opened.enter_context(Cascade(cascade_spec(options), runtime=runtime))
+        spec = cascade_spec(options)
+        cascade = opened.enter_context(Cascade(spec, runtime=runtime, mode=options.mode))
         bar = opened.enter_context(Progress("run", len(paths), unit="image"))
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]
@@ -84,6 +93,7 @@ def execute(options: argparse.Namespace) -> Outcome:
     data: dict[str, Any] = {"images": len(paths), "statuses": dict(statuses)}
     data["cascade"] = report.to_dict()
     summary = f"{len(paths)} images: " + ", ".join(f"{n} {s}" for s, n in statuses.most_common())
+    summary += f"; {report.executor}"
     if options.output is not None:
         return Outcome({**data, "output": str(options.output)}, f"{summary} -> {options.output}")
     if options.json:

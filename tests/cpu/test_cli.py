@@ -21,11 +21,14 @@ from sn72engine import cli
 from sn72engine.cascade.spec import CascadeSpec
 from sn72engine.cli.outcome import batch_range, key_values, load_object, preprocess_argument
 from sn72engine.cli.run import cascade_spec
+from sn72engine.cuda.driver import driver_available
 from sn72engine.errors import InputError, OptionError
 from sn72engine.image_files import labelled
 from sn72engine.model import OnnxModel
 from sn72engine.spec import Preprocess, ShapeRange
 from sn72engine.store import Store, open_engine
+
+no_driver = pytest.mark.skipif(driver_available().ok, reason="there is a GPU here")
 
 #: Two models that answer "is the picture bright?"; ``corner`` sees one corner only, so it errs.
 FACTORIES = """
@@ -347,6 +350,37 @@ def test_run_as_json_and_with_a_deadline(
     )
     assert [result["status"] for result in made["results"]] == ["deadline"]
     assert made["statuses"] == {"deadline": 1}
+
+
+@no_driver
+def test_run_says_what_ran_the_cascade_and_why(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = workspace.photos / "3.png"
+    reasons = {"auto": driver_available().reason, "cpu": "mode='cpu' was asked for"}
+    for mode, reason in reasons.items():
+        run("run", workspace.cascade, photo, "--mode", mode)
+        assert capsys.readouterr().err.endswith(f"; executor cpu ({reason})\n")
+    run("run", workspace.cascade, photo, "-o", tmp_path / "r.jsonl")
+    said = capsys.readouterr().out
+    assert f"; executor cpu ({reasons['auto']}) -> {tmp_path / 'r.jsonl'}" in " ".join(said.split())
+    data = answer(capsys, "run", workspace.cascade, photo)
+    assert data["cascade"]["executor"]["reason"] == reasons["auto"]
+
+
+@no_driver
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_run_refuses_a_gpu_mode_without_a_driver(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    output = tmp_path / "r.jsonl"
+    said = refusal(
+        capsys, 7, "run", workspace.cascade, workspace.photos, "--mode", mode, "-o", output
+    )
+    assert said.startswith(
+        f"mode='{mode}' needs a GPU: {driver_available().reason}; use mode='cpu'"
+    )
+    assert not output.exists()
 
 
 def test_run_says_which_image_cannot_be_read_and_answers_the_others(
