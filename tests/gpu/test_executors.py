@@ -183,6 +183,24 @@ def test_every_sample_as_the_oracle_says(mode: str) -> None:
         assert all(executor.close(1.0))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_measured_buckets_answer_as_the_oracle_says(mode: Any) -> None:
+    spec = plain(3, 16)
+    stages = [ColumnStage(k, 3) for k in range(3)]
+    graphs = GraphOptions(lanes=2, buckets="measured", max_buckets=3, memory_bytes=1 << 30)
+    executor, report = make_executor(spec, stages, mode, graphs)
+    plans = report().plans
+    assert list(plans) == ["s0", "s1", "s2"]
+    for plan in plans.values():
+        assert plan.buckets[-1] == 16
+        assert len(plan.buckets) <= 3
+        assert all(0 < seconds < 1 for seconds in plan.curve.seconds)
+    assert set(report().bytes) == {(s, rows) for s, p in plans.items() for rows in p.buckets}
+    for case in cases(spec, np.random.default_rng(7), 66):
+        assert answers(executor.run(request_of(case))[0]) == expected(case), case
+    assert all(executor.close(1.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
 def test_half_precision_scores(mode: str, dtype: torch.dtype) -> None:
