@@ -22,6 +22,7 @@ enum Flag : u32 {
   SET_CONDITION = 4u,     // tell the SWITCH node `condition` which body to run
   NO_NEGATIVE_EXIT = 8u,  // a score below `low` escalates too
   SET_EACH = 16u,         // tell `bucket_count` IF nodes, of which one at most runs its body
+  COMBINE_ONLY = 32u,     // another stage of the group follows: combine the score, decide nothing
 };
 
 constexpr u8 NO_STAGE = 255;       // no stage has scored the sample
@@ -86,7 +87,7 @@ struct RouteArgs {
   i32 combine;           // Combine
   u32 flags;             // of Flag
   i32 bucket_count;      // 0 to MAX_BUCKETS
-  i32 reserved;
+  i32 first;             // first stage of the group that `stage` is in; `stage` when by itself
   i32 buckets[MAX_BUCKETS];  // ascending; the last one holds `capacity`
 };
 

@@ -57,21 +57,32 @@ SN72_DEVICE bool combine(Sample& sample, float p, i32 how, double weight, u8 sta
   return true;
 }
 
-// Let the stage's score p decide about an open sample.
-SN72_DEVICE void judge(const RouteArgs& args, Sample& sample, float p, float low, float high) {
+// Take the stage's score p of an open sample.
+SN72_DEVICE void take(const RouteArgs& args, Sample& sample, float p) {
   if (!is_sound(p)) {
     sample.status = STAGE_FAILED;  // unless a later stage scores it
     if (args.stage < FAILURE_BITS) sample.failed |= u8(1u << args.stage);
-    return;
+  } else if (combine(sample, p, args.combine, args.weight, u8(args.stage))) {
+    sample.status = UNDECIDED;
   }
-  if (!combine(sample, p, args.combine, args.weight, u8(args.stage))) return;
-  sample.status = UNDECIDED;
+}
+
+// Stages in the order in which they are combined: 0 for NO_STAGE, else one more than the number.
+SN72_DEVICE i32 place(u8 stage) { return (stage + 1) & 255; }
+
+// Let what the stages of the group said decide about an open sample. Every score that counted left
+// its stage as the voter or the raiser, so the later of the two is the last that changed the sample.
+SN72_DEVICE void judge(const RouteArgs& args, Sample& sample, float low, float high) {
+  const i32 voter = place(sample.voter), raiser = place(sample.raiser);
+  const i32 latest = voter > raiser ? voter : raiser;
+  if (latest <= args.first) return;  // nothing that the group said counts
   const u8 decision = route_one(sample.probability, low, high);
   if (decision == ESCALATE) return;
-  if (decision == NEGATIVE && (args.flags & NO_NEGATIVE_EXIT)) return;
+  const bool voted = voter > args.first;
+  if (decision == NEGATIVE && (!voted || (args.flags & NO_NEGATIVE_EXIT))) return;
   sample.route = decision;
   sample.status = DONE;
-  sample.closed = u8(args.stage);
+  sample.closed = u8(latest - 1);
   sample.open = 0;
 }
 
@@ -83,9 +94,14 @@ SN72_DEVICE bool settle(const RouteArgs& args, i32 i, u64 elapsed_ns) {
   if (!args.scored || args.scored[i] == args.stage) {
     const float value = widen(static_cast<const Score*>(args.score)[i * args.score_stride]);
     const float p = args.flags & FROM_LOGITS ? sigmoid(value) : value;
-    const i64 threshold = i64(i) * args.threshold_stride;
-    judge(args, sample, p, args.low[threshold], args.high[threshold]);
+    take(args, sample, p);
   }
+  if (args.flags & COMBINE_ONLY) {
+    args.samples[i] = sample;
+    return false;
+  }
+  const i64 threshold = i64(i) * args.threshold_stride;
+  judge(args, sample, args.low[threshold], args.high[threshold]);
   bool escalates = false;
   if (args.flags & LAST_STAGE) {
     if (sample.status == PENDING) sample.status = STAGE_FAILED;  // no stage applied to it
@@ -158,7 +174,7 @@ SN72_DEVICE void route_block(const RouteArgs& args, RouteShared& shared) {
   const i32 rows = bucket < args.bucket_count ? args.buckets[bucket] : 0;
   // Padding rows read sample 0, which exists and is finite; they are never scattered.
   for (i32 row = count + thread; row < rows; row += threads) args.index[row] = 0;
-  if (thread == 0) {
+  if (thread == 0 && !(args.flags & COMBINE_ONLY)) {
     *args.control = Control{count, bucket, rows, u32(elapsed_ns / 1000)};
     choose_body(args, bucket);
   }

@@ -53,7 +53,7 @@ Sample sample_in_progress(Dice& dice) {
   if (dice.one_in(3)) {
     sample.weight = 0.05 + dice.unit();
     sample.sum = sample.weight * dice.unit();
-    sample.voter = sample.stage = 0;
+    sample.voter = sample.stage = static_cast<sn72::u8>(2 * dice.below(2));
     sample.probability = static_cast<float>(sample.sum / sample.weight);
     sample.status = dice.one_in(4) ? sn72::STAGE_FAILED : sn72::UNDECIDED;
   }
@@ -75,7 +75,7 @@ Sample sample_in_progress(Dice& dice) {
 }
 
 void draw_buckets(Dice& dice, int capacity, sn72::RouteArgs& args) {
-  if (args.flags & sn72::LAST_STAGE) return;
+  if (args.flags & (sn72::LAST_STAGE | sn72::COMBINE_ONLY)) return;
   const int step = std::max(1, capacity / (1 + dice.below(sn72::MAX_BUCKETS - 1)));
   for (int size = step; size < capacity && args.bucket_count < sn72::MAX_BUCKETS - 1; size += step) {
     args.buckets[args.bucket_count++] = size;
@@ -120,7 +120,9 @@ Boundary draw(std::mt19937& random, int capacity) {
   args.score_stride = 1;
   args.threshold_stride = dice.below(2);
   args.budget_stride = dice.below(2);
-  args.flags = (dice.one_in(6) ? sn72::LAST_STAGE : 0u) |
+  // Samples may have been scored by stages 0 and 1, which are or are not of the same group.
+  args.first = dice.one_in(2) ? args.stage : dice.below(args.stage);
+  args.flags = (dice.one_in(6) ? sn72::LAST_STAGE : dice.one_in(6) ? sn72::COMBINE_ONLY : 0u) |
                (dice.one_in(2) ? sn72::SET_CONDITION : 0u) |
                (dice.one_in(6) ? sn72::NO_NEGATIVE_EXIT : 0u) |
                (dice.one_in(3) ? sn72::SET_EACH : 0u);

@@ -56,11 +56,27 @@ bool same(const sn72::Sample& a, const sn72::Sample& b) {
   return std::memcmp(&a, &b, sizeof a) == 0;
 }
 
+// Nothing but the samples may change, and nobody may be told which body to run.
+void check_combined(const Boundary& boundary, const test::Expected& expected, unsigned seed) {
+  check(std::equal(expected.samples.begin(), expected.samples.end(), boundary.samples.begin(),
+                   boundary.samples.end(), same),
+        "combined samples", seed);
+  check(boundary.control.count == test::UNTOUCHED && boundary.control.bucket == test::UNTOUCHED &&
+            boundary.control.rows == test::UNTOUCHED && boundary.control.elapsed_us == 0,
+        "control of a boundary inside a group", seed);
+  check(std::all_of(boundary.index.begin(), boundary.index.end(),
+                    [](int value) { return value == test::UNTOUCHED; }),
+        "index of a boundary inside a group", seed);
+  check(simt::take_conditions().empty(), "conditions of a boundary inside a group", seed);
+}
+
 void test_route(std::mt19937& random, int capacity, unsigned seed) {
   Boundary boundary = test::draw(random, capacity);
   const test::Expected expected = test::expect(boundary);
-  route(boundary, seed);
   const sn72::RouteArgs& args = boundary.args;
+  boundary.control = {test::UNTOUCHED, test::UNTOUCHED, test::UNTOUCHED, 0};
+  route(boundary, seed);
+  if (args.flags & sn72::COMBINE_ONLY) return check_combined(boundary, expected, seed);
   const int count = static_cast<int>(expected.escalated.size());
   const int rows = expected.bucket < args.bucket_count ? args.buckets[expected.bucket] : 0;
   check(std::equal(expected.samples.begin(), expected.samples.end(), boundary.samples.begin(),
@@ -95,6 +111,7 @@ void test_logits(std::mt19937& random, int capacity, unsigned seed) {
   boundary.args.scored = nullptr;
   boundary.args.combine = sn72::REPLACE;
   boundary.args.weight = 1.0;
+  boundary.args.stage = boundary.args.first = 3;  // after those that the samples know
   std::vector<float> logits(capacity);
   for (float& x : logits) {
     x = std::ldexp(static_cast<float>(random() >> 8) * 0x1p-23f - 1.0f, int(random() % 9));
@@ -280,7 +297,8 @@ int show_layout() {
   SHOW(RouteArgs, score_stride);
   SHOW(RouteArgs, weight), SHOW(RouteArgs, threshold_stride), SHOW(RouteArgs, budget_stride);
   SHOW(RouteArgs, capacity), SHOW(RouteArgs, stage), SHOW(RouteArgs, combine);
-  SHOW(RouteArgs, flags), SHOW(RouteArgs, bucket_count), SHOW(RouteArgs, buckets);
+  SHOW(RouteArgs, flags), SHOW(RouteArgs, bucket_count), SHOW(RouteArgs, first);
+  SHOW(RouteArgs, buckets);
   SHOW_SIZE(ScatterArgs);
   SHOW(ScatterArgs, score), SHOW(ScatterArgs, label), SHOW(ScatterArgs, index);
   SHOW(ScatterArgs, count), SHOW(ScatterArgs, out), SHOW(ScatterArgs, label_out);

@@ -34,7 +34,7 @@ int decide(double p, double low, double high) {
   return p < low ? 0 : p > high ? 1 : 2;
 }
 
-void score_sample(const Boundary& boundary, int i, Sample& sample) {
+void combine_score(const Boundary& boundary, int i, Sample& sample) {
   const sn72::RouteArgs& args = boundary.args;
   const double p = boundary.score[i];
   if (!between_zero_and_one(p)) {
@@ -62,12 +62,22 @@ void score_sample(const Boundary& boundary, int i, Sample& sample) {
   sample.stage = sample.floor > vote ? sample.raiser : sample.voter;
   sample.probability = std::fmax(vote, sample.floor);
   sample.status = sn72::UNDECIDED;
+}
+
+void decide_sample(const Boundary& boundary, int i, Sample& sample) {
+  const sn72::RouteArgs& args = boundary.args;
+  // The stages of the group that this sample heard: by vote, and by raising its floor.
+  const int vote = sample.voter == sn72::NO_STAGE || sample.voter < args.first ? -1 : sample.voter;
+  const int rise = sample.raiser == sn72::NO_STAGE || sample.raiser < args.first ? -1 : sample.raiser;
+  const int latest = vote > rise ? vote : rise;
+  if (latest < 0) return;
   const std::size_t at = args.threshold_stride ? i : 0;
   const int route = decide(sample.probability, boundary.low[at], boundary.high[at]);
-  if (route == 2 || (route == 0 && (args.flags & sn72::NO_NEGATIVE_EXIT))) return;
+  const bool may_be_negative = vote >= 0 && !(args.flags & sn72::NO_NEGATIVE_EXIT);
+  if (route == 2 || (route == 0 && !may_be_negative)) return;
   sample.route = static_cast<sn72::u8>(route);
   sample.status = sn72::DONE;
-  sample.closed = stage;
+  sample.closed = static_cast<sn72::u8>(latest);
   sample.open = 0;
 }
 
@@ -80,7 +90,9 @@ Expected expect(const Boundary& boundary) {
   for (int i = 0; i < boundary.batch && i < args.capacity; ++i) {
     Sample& sample = expected.samples[i];
     if (!sample.open) continue;
-    if (!args.scored || boundary.scored[i] == args.stage) score_sample(boundary, i, sample);
+    if (!args.scored || boundary.scored[i] == args.stage) combine_score(boundary, i, sample);
+    if (args.flags & sn72::COMBINE_ONLY) continue;
+    decide_sample(boundary, i, sample);
     if (args.flags & sn72::LAST_STAGE) {
       if (sample.status == sn72::PENDING) sample.status = sn72::STAGE_FAILED;
       continue;

@@ -16,7 +16,7 @@ class DeviceLaunches:
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
-        self._graphs = {rows: cascade_graph(lane, rows) for rows in lane.stages[0].buckets}
+        self._graphs = {rows: cascade_graph(lane, rows) for rows in lane.groups[0].buckets}
 
     def start(self, rows: int) -> None:
         """Launch the cascade on what has been uploaded."""
@@ -28,7 +28,7 @@ class DeviceLaunches:
         """Wait for the answers. ``between`` is not called: the host sees no boundary.
 
         Returns:
-            What each boundary decided, ``CONTROL`` per captured stage.
+            What each boundary decided, ``CONTROL`` per captured group.
         """
         self._lane.driver.wait(self._lane.answered)
         controls: NDArray[Any] = self._lane.answers["controls"].copy()

@@ -67,7 +67,8 @@ class Launches(Protocol):
 class _Flight:
     """A batch on the GPU.
 
-    ``marks`` has a row per captured stage: which samples of the batch it applies to. ``readable``
+    ``marks`` has a row per captured stage: which samples of the batch it applies to; those of a
+    group are alike. ``readable``
     are the rows whose image could be decoded, ``unreadable`` the others, with the reason.
     """
 
@@ -101,6 +102,8 @@ class GraphExecutor:
         self._spec = spec
         self._names = tuple(stage.name for stage in spec.stages)
         self._captured = len(lanes[0][0].stages)
+        #: Stages that the GPU runs side by side; most often one.
+        self._groups = tuple(group.stages for group in lanes[0][0].groups)
         self._capacity = lanes[0][0].capacity
         self._count = len(lanes)
         self._free: queue.LifoQueue[tuple[Lane, Launches]] = queue.LifoQueue()
@@ -237,12 +240,14 @@ class GraphExecutor:
         visible[:, [*unreadable]] = False
         budget_ns = _UNLIMITED if math.isinf(left) else min(int(left * 1e9), _UNLIMITED)
         parameters["batch"], parameters["budget_ns"] = count, budget_ns
-        parameters["scored"][:count] = np.where(visible[0], 0, NO_STAGE)
-        parameters["eligible"][: self._captured - 1, :count] = visible[1:]
-        for at in range(self._captured):
-            for name, bound in zip(("low", "high"), request.bounds[at], strict=True):
-                parameters[name][at, :count] = bound if bound.ndim == 0 else bound[positions]
-        rows = next(bucket for bucket in lane.stages[0].buckets if bucket >= count)
+        for at in self._groups[0]:
+            parameters["scored"][at, :count] = np.where(visible[at], at, NO_STAGE)
+        for number, (first, *_) in enumerate(self._groups):
+            if number:
+                parameters["eligible"][number - 1, :count] = visible[first]
+            for name, bound in zip(("low", "high"), request.bounds[first], strict=True):
+                parameters[name][number, :count] = bound if bound.ndim == 0 else bound[positions]
+        rows = next(bucket for bucket in lane.groups[0].buckets if bucket >= count)
         lane.driver.enter()
         lane.upload(count)
         launches.start(rows)
@@ -307,18 +312,21 @@ class GraphExecutor:
         tally: Tally,
         counts: Sequence[StageCounts],
     ) -> None:
-        """End the samples without an image at the first stage that would have seen them."""
+        """End the samples without an image at the first group that would have seen them."""
         for row, error in flight.unreadable.items():
             position = int(flight.positions[row])
-            at = int(flight.marks[:, row].argmax())
-            counts[at].asked += 1
-            if at and int(controls[at - 1]["elapsed_us"]) * 1000 >= flight.budget_ns:
+            number = next(n for n, (at, *_) in enumerate(self._groups) if flight.marks[at, row])
+            elapsed_us = int(controls[number - 1]["elapsed_us"]) if number else 0
+            late = number > 0 and elapsed_us * 1000 >= flight.budget_ns
+            if late:
                 tally.late(np.array([position]))
-                counts[at].late += 1
             else:
                 tally.fail(position, error, final=True)
-                counts[at].failed += 1
                 log.warning("sample %d: %s", position, error)
+            for at in self._groups[number]:
+                counts[at].asked += 1
+                counts[at].late += late
+                counts[at].failed += not late
 
     def _add_counts(
         self,
@@ -330,30 +338,37 @@ class GraphExecutor:
         """What each captured stage did, from the samples and the boundaries."""
         asked = int(flight.marks[0, flight.readable].sum())
         padded, before = flight.rows - asked, 0
-        for at, control in enumerate(controls):
-            count = counts[at]
-            closed = samples[samples["closed"] == at]
-            negative = int(np.count_nonzero(closed["route"] == NEGATIVE))
-            positive = int(np.count_nonzero(closed["route"] == POSITIVE))
-            failed = int(np.count_nonzero(samples["failed"] >> at & 1))
-            count.calls += padded + asked > 0
-            count.asked += asked
-            count.negative += negative
-            count.positive += positive
-            count.failed += failed
-            count.escalated += asked - negative - positive - failed
-            count.padded += padded
-            elapsed = int(control["elapsed_us"])
+        for group, control in zip(self._groups, controls, strict=True):
+            elapsed, seconds = int(control["elapsed_us"]), 0.0
             if elapsed:  # a boundary that was not run has no time
-                count.seconds += (elapsed - before) % (1 << 32) * 1e-6
+                seconds = (elapsed - before) % (1 << 32) * 1e-6
                 before = elapsed
-            if at + 1 < len(counts):
-                late = int(np.count_nonzero(closed["status"] == Code.DEADLINE))
-                counts[at + 1].asked += late
-                counts[at + 1].late += late
-                if late:
-                    log.warning("stage %s: time ran out for %d samples", self._names[at + 1], late)
+            for at in group:
+                count = counts[at]
+                closed = samples["route"][samples["closed"] == at]
+                negative = int(np.count_nonzero(closed == NEGATIVE))
+                positive = int(np.count_nonzero(closed == POSITIVE))
+                failed = int(np.count_nonzero(samples["failed"] >> at & 1))
+                count.calls += padded + asked > 0
+                count.asked += asked
+                count.negative += negative
+                count.positive += positive
+                count.failed += failed
+                count.escalated += asked - negative - positive - failed
+                count.padded += padded
+                count.seconds += seconds  # of the whole group: its stages run side by side
+            late = (samples["closed"] == group[-1]) & (samples["status"] == Code.DEADLINE)
+            self._count_late(group[-1] + 1, int(np.count_nonzero(late)), counts)
             asked, padded = int(control["count"]), int(control["rows"] - control["count"])
+
+    def _count_late(self, first: int, late: int, counts: Sequence[StageCounts]) -> None:
+        """Samples for which time ran out before the group that begins with stage ``first``."""
+        if not late:
+            return
+        for at in next(group for group in self._spec.groups if group[0] == first):
+            log.warning("stage %s: time ran out for %d samples", self._names[at], late)
+            counts[at].asked += late
+            counts[at].late += late
 
     def _late(
         self,
@@ -363,10 +378,7 @@ class GraphExecutor:
         counts: Sequence[StageCounts],
     ) -> None:
         """Time ran out before the batch could begin."""
-        for at in range(self._captured):
-            late = batch[marks[at, batch] & tally.is_open(batch)]
-            if late.size:
-                log.warning("stage %s: time ran out for %d samples", self._names[at], late.size)
-                tally.late(late)
-                counts[at].asked += late.size
-                counts[at].late += late.size
+        for first, *_ in self._groups:
+            late = batch[marks[first, batch] & tally.is_open(batch)]
+            tally.late(late)
+            self._count_late(first, late.size, counts)

@@ -1,4 +1,6 @@
-"""``host``: a batch is one graph launch per stage; the host reads each decision in between.
+"""``host``: a batch is one graph launch per group; the host reads each decision in between.
+
+A group is one stage, or several that run side by side.
 
 The decision is 16 bytes. The answers follow it on the same stream, so that they are there already
 when the host sees that no sample goes on.
@@ -19,17 +21,17 @@ from sn72engine.cuda.layout import CONTROL
 
 
 class HostLaunches:
-    """The graphs of a lane: one for each stage and number of rows, and one to pass a stage by."""
+    """The graphs of a lane: one for each group and number of rows, and one to pass a group by."""
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
-        self._first = {rows: first_graph(lane, rows) for rows in lane.stages[0].buckets}
-        #: By position of the stage and number of rows, 0 for none.
+        self._first = {rows: first_graph(lane, rows) for rows in lane.groups[0].buckets}
+        #: By number of the group and number of rows, 0 for none.
         self._next: dict[tuple[int, int], int] = {}
-        for at, stage in enumerate(lane.stages[1:], 1):
-            self._next[at, 0] = skip_graph(lane, at)
-            for rows in stage.buckets:
-                self._next[at, rows] = next_graph(lane, at, rows)
+        for number, group in enumerate(lane.groups[1:], 1):
+            self._next[number, 0] = skip_graph(lane, number)
+            for rows in group.buckets:
+                self._next[number, rows] = next_graph(lane, number, rows)
 
     def start(self, rows: int) -> None:
         """Launch the first stage on what has been uploaded."""
@@ -39,23 +41,23 @@ class HostLaunches:
         """Launch the other stages as the decisions come in, and wait for the answers.
 
         Args:
-            between: called after every stage but the last, with the answers so far in the lane.
+            between: called after every group but the last, with the answers so far in the lane.
 
         Returns:
-            What each boundary decided, ``CONTROL`` per captured stage.
+            What each boundary decided, ``CONTROL`` per captured group.
         """
         lane, driver = self._lane, self._lane.driver
-        controls = np.zeros(len(lane.stages), CONTROL)
-        for at in range(len(lane.stages)):
+        controls = np.zeros(len(lane.groups), CONTROL)
+        for number in range(len(lane.groups)):
             driver.wait(lane.decided)
-            control = controls[at] = lane.answers["controls"][at]
-            following = lane.stages[at + 1 :]
+            control = controls[number] = lane.answers["controls"][number]
+            following = lane.groups[number + 1 :]
             if between is not None and following:
                 driver.wait(lane.answered)
                 between()
-            if not following or self._nobody_left(at, int(control["count"])):
+            if not following or self._nobody_left(number, int(control["count"])):
                 break
-            self._launch(self._next[at + 1, int(control["rows"])])
+            self._launch(self._next[number + 1, int(control["rows"])])
         driver.wait(lane.answered)
         return controls
 
@@ -66,9 +68,10 @@ class HostLaunches:
         self._first.clear()
         self._next.clear()
 
-    def _nobody_left(self, at: int, count: int) -> bool:
-        """Whether no later stage has work: one with a trigger may want what the next one skips."""
-        return count == 0 and all(s.spec.when == ALWAYS for s in self._lane.stages[at + 1 :])
+    def _nobody_left(self, number: int, count: int) -> bool:
+        """Whether no later group has work: one with a trigger may want what the next one skips."""
+        later = self._lane.stages[self._lane.groups[number].stages[-1] + 1 :]
+        return count == 0 and all(stage.spec.when == ALWAYS for stage in later)
 
     def _launch(self, graph: int) -> None:
         lane, driver = self._lane, self._lane.driver

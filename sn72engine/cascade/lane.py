@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sn72engine.cascade.spec import StageSpec
+from sn72engine.cascade.spec import StageSpec, parallel_groups
 from sn72engine.cuda.api import Driver
 from sn72engine.cuda.layout import CONTROL, SAMPLE
 from sn72engine.graphs import GraphStore
@@ -52,6 +52,19 @@ class CapturedStage:
 
 
 @dataclass(frozen=True, slots=True)
+class CapturedGroup:
+    """Stages that run side by side and are routed once; most often one by itself.
+
+    Attributes:
+        stages: their positions.
+        buckets: numbers of rows that all of them are captured for, ascending.
+    """
+
+    stages: tuple[int, ...]
+    buckets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """A stage captured with a number of rows in one lane."""
 
@@ -67,7 +80,7 @@ class Lane:
     Args:
         driver: of the GPU.
         store: captures the stages' work.
-        stages: the captured stages, in order.
+        stages: the captured stages, in order; a parallel group is captured as a whole.
         number: of the lane.
 
     Raises:
@@ -80,11 +93,16 @@ class Lane:
         self.driver = driver
         self.stages = tuple(stages)
         self.number = number
+        #: In order. Their numbers, from 0, are those of the boundaries that follow them.
+        self.groups = tuple(
+            _captured_group(stages, group) for group in parallel_groups([s.spec for s in stages])
+        )
         self.capacity = stages[0].buckets[-1]
+        count, first = len(self.groups), len(self.groups[0].stages)
         self._layouts = {
-            "parameters": _parameters(self.capacity, len(stages)),
-            "work": _work(self.capacity, len(stages), max(s.buckets[-1] for s in stages)),
-            "answers": _answers(self.capacity, len(stages)),
+            "parameters": _parameters(self.capacity, first, count),
+            "work": _work(self.capacity, count, max(s.buckets[-1] for s in stages)),
+            "answers": _answers(self.capacity, count),
         }
         #: Releases what has been allocated, the last first.
         self._held = contextlib.ExitStack()
@@ -95,8 +113,9 @@ class Lane:
                 self._add_source(stage.offer)
             #: By position of the stage and number of rows.
             self.programs: dict[tuple[int, int], Program] = {}
-            for at, stage in enumerate(stages):
-                self._capture(store, at, stage)
+            for group in self.groups:
+                for at in group.stages:
+                    self._capture(store, at, group)
         except BaseException:
             self._held.close()
             raise
@@ -185,11 +204,12 @@ class Lane:
         view = _view(pinned, np.dtype(rows.dtype), self.capacity * int(np.prod(rows.shape)))
         self._sources[rows] = buffer, pinned, view.reshape(self.capacity, *rows.shape)
 
-    def _capture(self, store: GraphStore, at: int, stage: CapturedStage) -> None:
-        """Capture a stage for each bucket. The first one reads the uploaded rows in place."""
-        offer = stage.offer
-        buffer = self._sources[offer.rows][0] if at == 0 else offer.allocate(stage.buckets[-1])
-        for rows in reversed(stage.buckets):  # the largest first: the others fit into its memory
+    def _capture(self, store: GraphStore, at: int, group: CapturedGroup) -> None:
+        """Capture a stage for each bucket. The first group reads the uploaded rows in place."""
+        stage = self.stages[at]
+        offer, in_place = stage.offer, group is self.groups[0]
+        buffer = self._sources[offer.rows][0] if in_place else offer.allocate(group.buckets[-1])
+        for rows in reversed(group.buckets):  # the largest first: the others fit into its memory
             bound = offer.bind(buffer, rows, self.number)
             captured = store.capture(stage.spec.name, rows, self.number, bound)
             self.programs[at, rows] = Program(rows, captured.graph, buffer.address, bound)
@@ -204,33 +224,42 @@ class Lane:
         return int(offset) + row * (dtype.itemsize // rows)
 
 
-def _parameters(capacity: int, stages: int) -> np.dtype[Any]:
-    """``scored``: 0 where stage 0 has a score; ``eligible``: by boundary, for the next stage."""
+def _captured_group(stages: Sequence[CapturedStage], group: tuple[int, ...]) -> CapturedGroup:
+    common = set.intersection(*(set(stages[at].buckets) for at in group))
+    return CapturedGroup(group, tuple(sorted(common)))
+
+
+def _parameters(capacity: int, first: int, groups: int) -> np.dtype[Any]:
+    """What the host says about a batch.
+
+    ``scored``: by stage of the first group, its number where it has a score; ``eligible``: by
+    boundary, for the next group; ``low`` and ``high``: by boundary.
+    """
     return _packed(
         batch=np.dtype(np.int32),
         budget_ns=np.dtype(np.uint64),
-        scored=np.dtype((np.uint8, (capacity,))),
-        eligible=np.dtype((np.uint8, (stages, capacity))),
-        low=np.dtype((np.float32, (stages, capacity))),
-        high=np.dtype((np.float32, (stages, capacity))),
+        scored=np.dtype((np.uint8, (first, capacity))),
+        eligible=np.dtype((np.uint8, (groups, capacity))),
+        low=np.dtype((np.float32, (groups, capacity))),
+        high=np.dtype((np.float32, (groups, capacity))),
     )
 
 
-def _work(capacity: int, stages: int, rows: int) -> np.dtype[Any]:
-    """``index``: by boundary, for the next stage."""
+def _work(capacity: int, groups: int, rows: int) -> np.dtype[Any]:
+    """``index``: by boundary, for the next group."""
     return _packed(
         start_ns=np.dtype(np.uint64),
         scored=np.dtype((np.uint8, (capacity,))),
         score=np.dtype((np.float32, (capacity,))),
-        index=np.dtype((np.int32, (stages, rows))),
+        index=np.dtype((np.int32, (groups, rows))),
     )
 
 
-def _answers(capacity: int, stages: int) -> np.dtype[Any]:
+def _answers(capacity: int, groups: int) -> np.dtype[Any]:
     """``controls``: by boundary; ``labels``: only where a stage gives some."""
     return _packed(
         samples=np.dtype((SAMPLE, (capacity,))),
-        controls=np.dtype((CONTROL, (stages,))),
+        controls=np.dtype((CONTROL, (groups,))),
         labels=np.dtype((np.int64, (capacity,))),
     )
 

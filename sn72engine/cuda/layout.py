@@ -86,6 +86,7 @@ class Flag(enum.IntFlag):
     SET_CONDITION = 4
     NO_NEGATIVE_EXIT = 8
     SET_EACH = 16
+    COMBINE_ONLY = 32
 
 
 _Fields = list[tuple[str, Any]]
@@ -129,7 +130,7 @@ class RouteArgs(ctypes.Structure):
         ("combine", ctypes.c_int32),  # Combine
         ("flags", ctypes.c_uint32),  # Flag
         ("bucket_count", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("first", ctypes.c_int32),  # first stage of the group; stage for one by itself
         ("buckets", ctypes.c_int32 * MAX_BUCKETS),
     ]
 
@@ -188,11 +189,16 @@ def begin(args: BeginArgs) -> Launch:
 def route(args: RouteArgs, score: Score) -> Launch:
     """Launch that ends a stage and, unless it is the last one, picks who sees the next.
 
+    With COMBINE_ONLY it takes the scores of a stage into the samples and does nothing else: for
+    the stages of a parallel group but the last, whose launch decides for all of them.
+
     Raises:
         OptionError: a value that the kernel could not use; it does not check them itself.
     """
     _at_least("capacity", args.capacity, 1)
     _check_stage(args.stage)
+    if not 0 <= args.first <= args.stage:
+        raise OptionError(f"first={args.first} must be 0 to stage={args.stage}")
     if not args.weight > 0:
         raise OptionError(f"weight={args.weight!r} must be greater than 0")
     for name in ("threshold_stride", "budget_stride"):
@@ -246,9 +252,9 @@ def _check_stage(stage: int) -> None:
 
 def _check_buckets(args: RouteArgs) -> None:
     count = args.bucket_count
-    if args.flags & Flag.LAST_STAGE:
+    if args.flags & (Flag.LAST_STAGE | Flag.COMBINE_ONLY):
         if count:
-            raise OptionError(f"bucket_count={count} must be 0 after the last stage")
+            raise OptionError(f"bucket_count={count} must be 0 where no stage follows")
         return
     if not 1 <= count <= MAX_BUCKETS:
         raise OptionError(f"bucket_count={count} must be 1 to {MAX_BUCKETS}")

@@ -102,6 +102,9 @@ def test_a_missing_barrier_is_noticed(program: Path, file: str, line: int) -> No
         ("route_core.h", "!(low <= high)", "low > high"),
         ("route_core.h", "set ^= 1;", ""),  # lets a fast warp overwrite what a slow one reads
         ("sn72_kernels.cu", "if (blockIdx.x == 0) sn72", "sn72"),  # two setters of one condition
+        ("route_core.h", "voted = voter > args.first", "voted = true"),  # negative by a raise
+        ("route_core.h", "latest <= args.first", "latest <= args.stage"),
+        ("route_core.h", "if (thread == 0 && !(args.flags & COMBINE_ONLY))", "if (thread == 0)"),
         ("move_core.h", "*args.count;", "*args.count + 1;"),  # scatters a padding row
         ("move_core.h", "alignment % 16", "args.row_bytes % 16"),
     ],
@@ -168,11 +171,13 @@ def replay(
     """One route launch on the emulator: samples, index and control after it."""
     count = len(samples)
     args = layout.RouteArgs(capacity=count, score_stride=1, threshold_stride=1, budget_stride=1)
-    if not int(fields.get("flags", 0)) & layout.Flag.LAST_STAGE:
+    nobody_follows = layout.Flag.LAST_STAGE | layout.Flag.COMBINE_ONLY
+    if not int(fields.get("flags", 0)) & nobody_follows:
         args.bucket_count, args.buckets[0] = 1, count
     args.weight = 1.0
     for name, value in fields.items():
         setattr(args, name, value)
+    args.first = fields.get("first", args.stage)
     kinds = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}
     present = (scored is not None) | (eligible is not None) << 1 | (budget is not None) << 2
     threads = 32 * (1 + count % 7)
@@ -257,6 +262,53 @@ def test_routes_from_logits_equal_the_numpy_definition_off_the_thresholds(
 
 
 STATUS = {"pending": 0, "done": 1, "undecided": 2, "deadline": 3, "stage_failed": 4}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_group_answers_as_the_cpu_executor(program: Path, tmp_path: Path, seed: int) -> None:
+    """Stages side by side after one that has already spoken: combined in order, routed once."""
+    rng = np.random.default_rng([seed, 7])
+    count, members = int(rng.integers(1, 200)), int(rng.integers(2, 5))
+    how = ["replace", "weighted", *rng.choice(["weighted", "positive_only"], members - 1)]
+    tally = Tally(count)
+    everyone = np.arange(count)
+    before = rng.random(count, np.float32)
+    tally.add(everyone, before, 0, "replace", 1.0)
+    samples, _, _ = replay(
+        program, tmp_path, fresh(count), before, np.zeros(count), np.ones(count),
+        flags=int(layout.Flag.COMBINE_ONLY),
+    )  # fmt: skip
+    _, low, high = awkward(rng, count)
+    last = np.zeros(count, int)  # stage that changed the answer last
+    voted = np.zeros(count, bool)
+    for stage in range(1, members + 1):
+        score, _, _ = awkward(rng, count)
+        final = stage == members
+        samples, index, control = replay(
+            program, tmp_path, samples, score, low, high,
+            stage=stage,
+            first=1,
+            combine=int(layout.Combine[how[stage].upper()]),
+            flags=0 if final else int(layout.Flag.COMBINE_ONLY),
+        )  # fmt: skip
+        good = (score >= 0) & (score <= 1)
+        for position in everyone[~good].tolist():
+            tally.fail(position, "no probability")
+        changed, _ = tally.add(everyone[good], score[good], stage, how[stage], 1.0)
+        last[changed] = stage
+        voted[changed] |= how[stage] != "positive_only"
+        if not final:
+            assert (index == UNTOUCHED).all()
+            assert samples["open"].all()
+    changed = everyone[last > 0]
+    routes = route(tally.probability(changed), low[changed], high[changed])
+    routes[(routes == 0) & ~voted[changed]] = ESCALATE
+    gone = tally.leave(changed, routes)
+    np.testing.assert_array_equal(index[: control["count"]], tally.open())
+    np.testing.assert_array_equal(samples["probability"], tally.probability(everyone))
+    np.testing.assert_array_equal(np.flatnonzero(samples["open"] == 0), gone)
+    np.testing.assert_array_equal(samples["closed"][gone], last[gone])
+    np.testing.assert_array_equal(samples["route"][changed], routes)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -58,7 +58,10 @@ def test_gather_fits_the_grid_limits(row_bytes: int, rows: int) -> None:
         ([8, 8, 64], {}, r"\[8, 8, 64\] must be positive and ascending"),
         ([0, 64], {}, "must be positive and ascending"),
         ([8, 63], {}, "must end with capacity=64"),
-        ([64], {"flags": 2}, "bucket_count=1 must be 0 after the last stage"),
+        ([64], {"flags": 2}, "bucket_count=1 must be 0 where no stage follows"),
+        ([64], {"flags": 32}, "bucket_count=1 must be 0 where no stage follows"),
+        ([64], {"stage": 2, "first": 3}, "first=3 must be 0 to stage=2"),
+        ([64], {"stage": 2, "first": -1}, "first=-1"),
         ([64], {"capacity": 0}, "capacity=0 must be at least 1"),
         ([64], {"stage": 255}, "stage=255 must be 0 to 254"),
         ([64], {"stage": -1}, "stage=-1"),
@@ -80,6 +83,7 @@ def test_route_refuses_what_the_kernel_cannot_use(
 
 def test_route_accepts_the_last_stage_and_full_tables() -> None:
     layout.route(route_args([], flags=int(layout.Flag.LAST_STAGE)), "f32")
+    layout.route(route_args([], flags=int(layout.Flag.COMBINE_ONLY), stage=3, first=2), "f32")
     layout.route(route_args([*range(1, 32), 64]), "f32")
 
 

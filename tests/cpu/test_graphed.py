@@ -38,6 +38,8 @@ from sn72engine.stages.base import StageScores
 from sn72engine.stages.capture import Rows
 from tests.cpu.simulated_cuda import (
     ColumnOffer,
+    Graph,
+    Node,
     SimulatedCapturer,
     SimulatedCuda,
     conditionals,
@@ -101,8 +103,12 @@ class Cpu(CpuExecutor):
 
     resumed = 0
 
+    def resuming(self, first: int) -> None:
+        """Called before it does."""
+
     def run_from(self, first: int, *rest: Any) -> None:
         self.resumed = first
+        self.resuming(first)
         super().run_from(first, *rest)
 
 
@@ -116,10 +122,12 @@ class Rig:
     Args:
         library: the kernels.
         mode: ``host`` or ``device``.
-        spec: of the cascade; the stages before the first parallel group are captured.
+        spec: of the cascade; captured are the stages before the first parallel group whose stages
+            wait for different triggers.
         width: columns of a sample: one per stage, then one per stage for its label.
         lanes: how many.
         rng: chooses what does not matter, and that some stages have one bucket only.
+        own_buckets: by name of the stage, instead.
     """
 
     def __init__(
@@ -132,6 +140,7 @@ class Rig:
         rng: np.random.Generator | None = None,
         switch_nodes: bool = True,
         most: int = 99,
+        own_buckets: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         all_buckets = rng is None
         rng = rng or np.random.default_rng(0)
@@ -139,7 +148,9 @@ class Rig:
         self.cuda = SimulatedCuda(library, int(rng.integers(1 << 30)), switch_nodes=switch_nodes)
         self.capturer = SimulatedCapturer(self.cuda)
         self.store = GraphStore(self.cuda, self.capturer)
-        single = itertools.takewhile(lambda group: len(group) == 1, spec.groups)
+        alike = itertools.takewhile(
+            lambda group: len({spec.stages[at].when for at in group}) == 1, spec.groups
+        )
         buckets = default_buckets(spec.max_batch)
         self.captured = tuple(
             CapturedStage(
@@ -152,9 +163,10 @@ class Rig:
                     label=stages + number if spec.top1 else None,
                     stride=int(rng.integers(1, 3)),
                 ),
-                buckets if all_buckets or rng.random() < 0.8 else buckets[-1:],
+                (own_buckets or {}).get(spec.stages[number].name)
+                or (buckets if all_buckets or rng.random() < 0.8 else buckets[-1:]),
             )
-            for (number,) in itertools.islice(single, most)
+            for number in itertools.chain(*itertools.islice(alike, most))
         )
         self.lanes = [Lane(self.cuda, self.store, self.captured, n) for n in range(lanes)]
         launches = [LAUNCHES[mode](lane) for lane in self.lanes]
@@ -197,9 +209,10 @@ def run(case: Case, rig: Rig, clock: Clock) -> tuple[list[Result], list[StageCou
     """Answer a case; time runs out after the group that it names."""
     clock.now, told = 0.0, 0
     late = case.late_after
+    group_of = {at: number for number, group in enumerate(case.spec.groups) for at in group}
 
     def elapsed_ns(stage: int) -> int:
-        if late is None or stage < late:
+        if late is None or group_of[stage] < late:
             return 0
         clock.now = 2.0
         return 2 * 10**9
@@ -209,10 +222,15 @@ def run(case: Case, rig: Rig, clock: Clock) -> tuple[list[Result], list[StageCou
         assert len(known) == len(settled) == len(case)
         if rig.cpu.resumed:
             told += 1
-            if late is not None and rig.cpu.resumed + told - 1 >= late:
+            if late is not None and group_of[rig.cpu.resumed] + told - 1 >= late:
                 clock.now = 2.0
 
+    def resuming(first: int) -> None:
+        if late is not None and group_of[first] > late:  # also where the GPU had nothing to do
+            clock.now = 2.0
+
     rig.cpu.resumed = 0
+    rig.cpu.resuming = resuming  # type: ignore[method-assign]
     rig.cuda.elapsed_ns = elapsed_ns
     until = math.inf if late is None else -1.0 if late < 0 else 1.0
     return rig.executor.run(request_of(case, until, progress))
@@ -268,19 +286,33 @@ def test_every_sample_as_the_oracle_says(
     rng = np.random.default_rng([len(mode), switch_nodes])
     seen: Counter[Status] = Counter()
     cases = 0
-    for number in range(60):
-        seed_case = random_case(rng, most_samples=1, groups=number % 3 == 0)
+    widest: Counter[int] = Counter()  # captured groups of several stages, by their position
+    for number in range(64):
+        seed_case = random_case(rng, most_samples=1, groups=number % 4 != 3)
         spec = dataclasses.replace(
             seed_case.spec, max_batch=int(rng.choice([1, 2, 3, 5, 9, 12, 33]))
         )
-        if len(spec.groups[0]) > 1:
-            continue
+        if number % 4 < 2:
+            spec = with_one_trigger_each(spec)
+        if len({spec.stages[at].when for at in spec.groups[0]}) > 1:
+            continue  # nothing can be captured
         rig = Rig(library, mode, spec, rng=rng, switch_nodes=switch_nodes)
-        for case in variations(dataclasses.replace(seed_case, spec=spec), rng, 50):
+        for position, group in enumerate(rig.lanes[0].groups):
+            widest[position] += len(group.stages) > 1
+        for case in variations(dataclasses.replace(seed_case, spec=spec), rng, 45):
             seen.update(result.status for result in check(case, rig, clock))
             cases += 1
-    assert cases > 2500
+    assert cases > 2400
     assert min(seen[status] for status in Status) > 100
+    assert widest[0] >= 5
+    assert widest.total() - widest[0] >= 5
+
+
+def with_one_trigger_each(spec: CascadeSpec) -> CascadeSpec:
+    """The same cascade, with the stages of a group waiting for what its first one waits for."""
+    when = {at: spec.stages[group[0]].when for group in spec.groups for at in group}
+    stages = [dataclasses.replace(s, when=when[at]) for at, s in enumerate(spec.stages)]
+    return dataclasses.replace(spec, stages=tuple(stages))
 
 
 def plain(stages: int, **fields: Any) -> CascadeSpec:
@@ -301,9 +333,9 @@ def test_the_cpu_executor_says_the_same_to_the_bit(
     library: ctypes.CDLL, clock: Clock, mode: str
 ) -> None:
     rng = np.random.default_rng(11)
-    for _ in range(10):
-        first = random_case(rng, most_samples=1, groups=False, deadlines=False)
-        spec = dataclasses.replace(first.spec, max_batch=16)
+    for _ in range(16):
+        first = random_case(rng, most_samples=1, deadlines=False)
+        spec = with_one_trigger_each(dataclasses.replace(first.spec, max_batch=16))
         rig = Rig(library, mode, spec, rng=rng)
         for case in variations(dataclasses.replace(first, spec=spec), rng, 12):
             case = dataclasses.replace(case, late_after=None)
@@ -381,15 +413,125 @@ def test_one_graph_holds_the_whole_cascade(library: ctypes.CDLL) -> None:
     assert [len(switch.bodies) for switch in conditionals(small)] == [1, 1]
 
 
+def side_by_side(**fields: Any) -> CascadeSpec:
+    """One stage; two side by side, of which the second may only raise; one."""
+    pair = [
+        StageSpec("left", low=0.2, high=0.8, group="pair"),
+        StageSpec("right", combine="positive_only", group="pair"),
+    ]
+    first, last = plain(2).stages
+    return CascadeSpec((first, *pair, last), **fields)
+
+
+def bodies_of(graph: Graph) -> list[list[list[tuple[str, tuple[int, ...]]]]]:
+    """What each node of each body of each conditional node is, and what it comes after."""
+
+    def named(node: Node) -> str:
+        if node.launch is None:
+            return node.kind.value
+        combines = getattr(node.launch.args, "flags", 0) & layout.Flag.COMBINE_ONLY
+        return "combine" if combines else node.launch.kernel.split("_")[1]
+
+    return [
+        [[(named(node), node.after) for node in body.nodes] for body in switch.bodies]
+        for switch in conditionals(graph)
+    ]
+
+
+def test_stages_side_by_side_are_branches_of_one_body(library: ctypes.CDLL) -> None:
+    rig = Rig(library, "device", side_by_side(max_batch=8))
+    graph = max(rig.cuda.executables, key=lambda g: len(conditionals(g)[0].bodies))
+    pair, alone = bodies_of(graph)
+    child = NodeKind.CHILD.value
+    branches = [
+        ("gather", ()),
+        (child, (0,)),
+        ("scatter", (1,)),
+        ("combine", (2,)),
+        ("gather", ()),
+        (child, (4,)),
+        ("scatter", (5, 3)),
+    ]
+    assert pair == [branches] * 4  # one body per bucket, not one per stage and bucket
+    assert alone == [branches[:3]] * 4
+    assert [node.kind for node in graph.nodes].count(NodeKind.CONDITIONAL) == 2
+
+
+def test_a_first_group_reads_the_upload_in_place(library: ctypes.CDLL) -> None:
+    spec = side_by_side(max_batch=8)
+    rig = Rig(library, "device", dataclasses.replace(spec, stages=spec.stages[1:]))
+    graph = max(rig.cuda.executables, key=lambda g: len(conditionals(g)[0].bodies))
+    kinds = [node.kind.value for node in graph.nodes[:6]]
+    child = NodeKind.CHILD.value
+    assert kinds == ["memcpy", "kernel", child, "kernel", child, "kernel"]
+    assert [node.after for node in graph.nodes[:6]] == [(), (0,), (1,), (2,), (1,), (4, 3)]
+    assert graph.nodes[3].launch.args.flags & layout.Flag.COMBINE_ONLY  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_a_group_runs_in_buckets_that_all_its_stages_have(
+    library: ctypes.CDLL, clock: Clock, mode: str
+) -> None:
+    spec = side_by_side(max_batch=8)
+    own = {"s0": (8,), "left": (1, 2, 4, 8), "right": (2, 3, 8), "s1": (8,)}
+    rig = Rig(library, mode, spec, own_buckets=own)
+    assert [group.buckets for group in rig.lanes[0].groups] == [(8,), (2, 8), (8,)]
+    assert {(c.stage, c.rows) for c in rig.store.graphs if c.stage in ("left", "right")} == {
+        (stage, rows) for stage in ("left", "right") for rows in (2, 8)
+    }
+    for escalated in range(9):
+        scores = np.full((4, 8), 0.9)
+        scores[0, :escalated] = 0.5
+        _, counts = run(case_of(spec, scores), rig, clock)
+        rows = 0 if not escalated else 2 if escalated <= 2 else 8
+        for count in counts[1:3]:
+            assert (count.asked, count.padded) == (escalated, rows - escalated)
+            assert count.calls == (escalated > 0)
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_what_stages_side_by_side_say_together(
+    library: ctypes.CDLL, clock: Clock, mode: str
+) -> None:
+    """Routed once, on both; negative only where the one that votes has voted."""
+    spec = side_by_side(max_batch=8)
+    rows = [
+        # s0, left, right, s1
+        (0.5, 0.1, 0.1, 0.9),  # left says no, right cannot raise it above 0.1
+        (0.5, 0.1, 0.9, 0.9),  # right raises it
+        (0.5, math.nan, 0.9, 0.1),  # left fails, right is sure
+        (0.5, math.nan, math.nan, 0.1),  # both fail: s1 answers
+        (0.5, 0.9, math.nan, 0.1),  # right fails, left is sure
+        (0.5, 0.5, 0.6, math.nan),  # neither is sure, and s1 fails
+    ]
+    rig = Rig(library, mode, spec)
+    results = check(case_of(spec, np.array(rows).T), rig, clock)
+    assert [r.stage for r in results] == ["left", "right", "right", "s1", "left", "right"]
+    assert [r.label for r in results] == [0, 1, 1, 0, 1, 1]
+    assert results[-1].error == "s1: the score is no probability"
+
+
+def test_the_time_of_a_group_is_that_of_each_of_its_stages(
+    library: ctypes.CDLL, clock: Clock
+) -> None:
+    spec = side_by_side(max_batch=4)
+    case = case_of(spec, np.full((4, 3), 0.5))
+    for mode in LAUNCHES:
+        rig = Rig(library, mode, spec)
+        rig.cuda.elapsed_ns = lambda stage: [1, 2, 3, 7][stage] * 10**9
+        _, counts = rig.executor.run(request_of(case, math.inf))
+        assert [count.seconds for count in counts] == pytest.approx([1, 2, 2, 4])
+
+
 def test_a_batch_is_one_launch(library: ctypes.CDLL, clock: Clock) -> None:
-    spec = plain(3, max_batch=8)
-    scores = [[0.5] * 8, [0.5] * 4 + [0.9] * 4, [0.1] * 8]
+    spec = side_by_side(max_batch=8)
+    scores = [[0.5] * 8, [0.5] * 4 + [0.9] * 4, [0.5] * 8, [0.1] * 8]
     launches = {}
     for mode in LAUNCHES:
         rig = Rig(library, mode, spec)
         check(case_of(spec, scores), rig, clock)
         launches[mode] = rig.cuda.launches
-    assert launches == {"host": 3, "device": 1}
+    assert launches == {"host": 3, "device": 1}  # the pair counts once
 
 
 def test_the_host_stops_when_nobody_is_left(library: ctypes.CDLL, clock: Clock) -> None:
@@ -472,18 +614,21 @@ def test_close_releases_everything(library: ctypes.CDLL, clock: Clock, mode: str
         run(case_of(spec, np.full((2, 1), 0.5)), rig, clock)
 
 
+@pytest.mark.parametrize("spec", [plain(2, max_batch=4), side_by_side(max_batch=4)])
 @pytest.mark.parametrize("mode", LAUNCHES)
-def test_when_the_gpu_fails_the_host_answers(library: ctypes.CDLL, clock: Clock, mode: str) -> None:
-    spec = plain(2, max_batch=4)
+def test_when_the_gpu_fails_the_host_answers(
+    library: ctypes.CDLL, clock: Clock, mode: str, spec: CascadeSpec
+) -> None:
     rig = Rig(library, mode, spec, lanes=2)
-    case = case_of(spec, np.random.default_rng(0).random((2, 11)))
+    stages = len(spec.stages)
+    case = case_of(spec, np.random.default_rng(0).random((stages, 11)))
     rig.cuda.fail_at = 2
     assert answers(run(case, rig, clock)[0]) == expected(case)
     assert "CUDA_ERROR_LAUNCH_FAILED" in rig.executor.failure
     before = rig.cuda.launches
     assert answers(run(case, rig, clock)[0]) == expected(case)
     assert rig.cuda.launches == before
-    assert rig.executor.close(0.0) == (False, False)
+    assert rig.executor.close(0.0) == (False,) * stages
 
 
 @pytest.mark.parametrize("mode", LAUNCHES)
@@ -593,6 +738,48 @@ def test_a_missing_edge_is_noticed(library: ctypes.CDLL, clock: Clock, kind: str
     rng = np.random.default_rng(3)
     with pytest.raises((AssertionError, CascadeError)):
         check_random(rig, spec, rng, clock)
+
+
+@pytest.mark.parametrize(("kind", "position"), [("scatter", 0), ("scatter", 1), ("combine", 0)])
+def test_a_missing_edge_in_a_group_is_noticed(
+    library: ctypes.CDLL, clock: Clock, kind: str, position: int
+) -> None:
+    spec = side_by_side(max_batch=8)
+    rig = Rig(library, "device", spec)
+    dropped = 0
+    for graph in rig.cuda.executables:
+        (pairs, *_), names = conditionals(graph), bodies_of(graph)[0]
+        for body, nodes in zip(pairs.bodies, names, strict=True):
+            for node, (name, after) in zip(body.nodes, nodes, strict=True):
+                if name == kind and len(after) > position:
+                    node.after = after[:position] + after[position + 1 :]
+                    dropped += 1
+    assert dropped
+    with pytest.raises((AssertionError, CascadeError)):
+        check_random(rig, spec, np.random.default_rng(3), clock)
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+@pytest.mark.parametrize("broken", ["combines nothing", "decides too early", "group of its own"])
+def test_a_wrong_group_is_noticed(
+    library: ctypes.CDLL, clock: Clock, monkeypatch: pytest.MonkeyPatch, mode: str, broken: str
+) -> None:
+    spec = side_by_side(max_batch=8)
+    launch = layout.route
+
+    def wrong(args: layout.RouteArgs, kind: layout.Score) -> layout.Launch:
+        if broken == "group of its own":
+            args.first = args.stage
+        elif args.flags & layout.Flag.COMBINE_ONLY and broken == "combines nothing":
+            args.stage = args.first = 77
+        elif args.flags & layout.Flag.COMBINE_ONLY:
+            args.flags = int(layout.Flag.LAST_STAGE)
+        return launch(args, kind)
+
+    monkeypatch.setattr(layout, "route", wrong)
+    rig = Rig(library, mode, spec)
+    with pytest.raises((AssertionError, CascadeError)):
+        check_random(rig, spec, np.random.default_rng(3), clock)
 
 
 @pytest.mark.parametrize("mode", LAUNCHES)
