@@ -13,6 +13,7 @@ from sn72engine.mixing.options import MixOptions
 from sn72engine.mixing.search import Point, Step
 from sn72engine.model import OnnxModel
 from sn72engine.spec import LayerPrecision
+from sn72engine.text import Column, table
 from sn72engine.verifier import VerifyReport
 
 FLOAT = "float"
@@ -158,22 +159,17 @@ class Mixture:
 
     def render(self) -> str:
         """The choice as text: a line per layer, then the measured accuracy."""
-        header = ["layer", "chosen", *(f"{name} damage" for name in self.options.resolved_formats)]
-        rows = [header]
+        formats = self.options.resolved_formats
+        columns = [
+            Column("layer", 44),
+            Column("chosen", 6),
+            *(Column(f"{name} damage", 12, right=True) for name in formats),
+        ]
+        rows = []
         for layer in self.layers:
             damages = {point.precision: f"{point.damage:.2e}" for point in layer.points}
-            rows.append(
-                [
-                    layer.label,
-                    layer.chosen,
-                    *(damages.get(name, "-") for name in self.options.resolved_formats),
-                ]
-            )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+            rows.append((layer.label, layer.chosen, *(damages.get(name, "-") for name in formats)))
+        lines = table(columns, rows)
         return "\n".join(
             [
                 *lines,

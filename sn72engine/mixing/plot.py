@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sn72engine import _deps
 from sn72engine.mixing.mixture import FLOAT
+from sn72engine.text import cut
 from sn72kernels import atomic
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ _COLOURS = {"int8": "#3867b5", "fp8": "#2f9e8f", "mxfp8": "#b58a2a", "nvfp4": "#
 #: Where a damage of nothing is drawn on the logarithmic axis: below the rounding of float32.
 _FLOOR = 1e-14
 
-#: Layers that still fit their names below the axis.
-_NAMED = 24
+#: Layers that still fit their names below the axis, and letters of a name.
+_NAMED, _WIDTH = 24, 30
 
 
 def plot(mixture: Mixture, path: Path) -> Path:
@@ -65,7 +66,7 @@ def _draw_layers(axes: Any, mixture: Mixture) -> None:
     axes.set_yscale("log")
     axes.set_xlim(-0.7, len(layers) - 0.3)
     if len(layers) <= _NAMED:
-        axes.set_xticks(range(len(layers)), [_short(layer.label) for layer in layers])
+        axes.set_xticks(range(len(layers)), [cut(layer.label, _WIDTH) for layer in layers])
         axes.tick_params(axis="x", labelrotation=50, labelsize=7.5)
         for tick in axes.get_xticklabels():
             tick.set_ha("right")
@@ -120,7 +121,3 @@ def _draw_way(axes: Any, mixture: Mixture) -> None:
         "From float16 (right) to the cheapest (left)", loc="left", fontsize=10, color=_INK
     )
     axes.legend(fontsize=8, frameon=True, edgecolor="none", framealpha=0.9, loc="upper right")
-
-
-def _short(label: str, width: int = 30) -> str:
-    return label if len(label) <= width else f"…{label[1 - width :]}"
