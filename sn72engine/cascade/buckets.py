@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -234,17 +234,15 @@ def choose_together(
     options = options if options is not None else BucketOptions()
     limit = math.inf if options.memory_bytes is None else options.memory_bytes
     weights = [_checked(one) for one in probabilities]
-    # (seconds, bytes, buckets of each stage so far), of which none is worse in both.
-    together: list[tuple[float, int, tuple[tuple[int, ...], ...]]] = [(0.0, 0, ())]
+    together: list[tuple[tuple[int, ...], ...]] = [()]  # buckets of each stage so far
+    seconds, sizes = np.zeros(1), np.zeros(1, np.int64)
     for curve, weight in zip(curves, weights, strict=True):
-        together = _undominated(
-            [
-                (spent + seconds, held + size, (*chosen, buckets))
-                for spent, held, chosen in together
-                for seconds, size, buckets in _choices(curve, weight, options.max_buckets, limit)
-                if held + size <= limit
-            ]
-        )
+        choices = _choices(curve, weight, options.max_buckets, limit)
+        seconds = np.add.outer(seconds, [choice[0] for choice in choices]).ravel()
+        sizes = np.add.outer(sizes, np.array([c[1] for c in choices], np.int64)).ravel()
+        kept = _undominated(seconds, sizes, limit)
+        seconds, sizes = seconds[kept], sizes[kept]
+        together = [(*together[k // len(choices)], choices[k % len(choices)][2]) for k in kept]
     if not together:
         least = sum(
             min(size for b, size in zip(c.batches, c.bytes, strict=True) if b >= _largest(w))
@@ -264,7 +262,7 @@ def choose_together(
             tuple(weight.tolist()),
             options,
         )
-        for buckets, curve, weight in zip(together[0][2], curves, weights, strict=True)
+        for buckets, curve, weight in zip(together[0], curves, weights, strict=True)
     ]
 
 
@@ -301,29 +299,31 @@ def _choices(curve: LatencyCurve, weights: Floats, max_buckets: int, limit: floa
                 grown.setdefault(batch, []).extend(
                     (spent + cost, held + size, (*buckets, batch))
                     for spent, held, buckets in choices
-                    if held + size <= limit
                 )
-        rounds = {
-            end: _undominated(choices, only_fastest=math.isinf(limit))
-            for end, choices in grown.items()
-        }
+        rounds = {end: _best(choices, limit) for end, choices in grown.items()}
         complete += [c for end, choices in rounds.items() if end >= largest for c in choices]
-    return _undominated(complete, only_fastest=math.isinf(limit))
+    return _best(complete, limit)
 
 
 _Choice = tuple[float, int, tuple[int, ...]]
 
 
-_Kept = TypeVar("_Kept", bound=tuple[float, int, Any])
+def _best(choices: list[_Choice], limit: float) -> list[_Choice]:
+    seconds = np.array([choice[0] for choice in choices])
+    sizes = np.array([choice[1] for choice in choices], np.int64)
+    return [choices[k] for k in _undominated(seconds, sizes, limit)]
 
 
-def _undominated(choices: list[_Kept], *, only_fastest: bool = False) -> list[_Kept]:
-    """Fastest first, each with less memory than those before it; ties go to less memory."""
-    kept: list[_Kept] = []
-    for choice in sorted(choices):
-        if not kept or choice[1] < kept[-1][1]:
-            kept.append(choice)
-    return kept[:1] if only_fastest else kept
+def _undominated(seconds: Floats, sizes: NDArray[np.int64], limit: float) -> NDArray[np.intp]:
+    """Which choices keep the limit of memory, fastest first, each smaller than those before it."""
+    order = np.lexsort((sizes, seconds))
+    order = order[sizes[order] <= limit]
+    if math.isinf(limit):
+        return order[:1]  # memory only breaks ties
+    smallest_so_far = np.minimum.accumulate(sizes[order])
+    first = np.ones(order.size, bool)
+    first[1:] = sizes[order][1:] < smallest_so_far[:-1]
+    return order[first]
 
 
 def expected_seconds(
