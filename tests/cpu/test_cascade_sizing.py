@@ -92,13 +92,13 @@ class Gpu:
         self.capturer = SimulatedCapturer(self.cuda)
         self.clock = clock
 
-    def make(self, *seconds: Seconds, least: int = 1, **options: Any) -> Any:
+    def make(self, *seconds: Seconds, least: int = 1, mode: Any = "host", **options: Any) -> Any:
         stages = [TimedStage(self, one, least) for one in seconds]
         names = tuple(StageSpec(f"s{at}") for at in range(len(stages)))
         spec = CascadeSpec(names, max_batch=CAPACITY)
         graphs = GraphOptions(lanes=LANES, buckets="measured", **options)
         opened = self.cuda, self.capturer
-        return make_executor(spec, stages, "host", graphs, gpu=lambda device: opened)
+        return make_executor(spec, stages, mode, graphs, gpu=lambda device: opened)
 
 
 @pytest.fixture
@@ -165,6 +165,9 @@ def test_a_limit_that_nothing_keeps_is_refused_and_leaves_nothing(gpu: Gpu) -> N
     assert not gpu.cuda.executables
     assert not gpu.cuda._streams
     assert not gpu.cuda._events
+    _, report = gpu.make(by_row, by_row, memory_bytes=2 * LANES * CAPTURE - 1, mode="auto")
+    assert (report().mode, report().plans) == ("cpu", {})
+    assert "memory_bytes=3999 is too little" in report().reason
 
 
 @needs_compiler
