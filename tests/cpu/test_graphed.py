@@ -299,10 +299,10 @@ def test_every_sample_as_the_oracle_says(
         rig = Rig(library, mode, spec, rng=rng, switch_nodes=switch_nodes)
         for position, group in enumerate(rig.lanes[0].groups):
             widest[position] += len(group.stages) > 1
-        for case in variations(dataclasses.replace(seed_case, spec=spec), rng, 45):
+        for case in variations(dataclasses.replace(seed_case, spec=spec), rng, 48):
             seen.update(result.status for result in check(case, rig, clock))
             cases += 1
-    assert cases > 2400
+    assert cases > 2500
     assert min(seen[status] for status in Status) > 100
     assert widest[0] >= 5
     assert widest.total() - widest[0] >= 5
