@@ -172,9 +172,7 @@ class Cascade:
             if self._closed:
                 raise CascadeError("the cascade has been closed")
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(
-                    self._at_once, thread_name_prefix="sn72-cascade"
-                )
+                self._pool = ThreadPoolExecutor(self._at_once, thread_name_prefix="sn72-cascade")
             return self._pool.submit(self._run, request)
 
     async def run_async(

@@ -11,8 +11,9 @@ auto      ``host`` where that is possible, else ``cpu``
 
 ``auto`` does not choose ``device``: it has not been proven on a GPU yet.
 
-The captured stages are the first ones that offer it and that run by themselves. The first stage
-that does not, such as OCR, a VLM or a parallel group, and all after it, run as with ``cpu``.
+The captured stages are the first ones that offer it. The first stage that does not, such as OCR or
+a VLM, and all after it, run as with ``cpu``. A parallel group is captured as a whole or not at all,
+and only where its stages wait for the same trigger.
 """
 
 from __future__ import annotations
@@ -187,21 +188,43 @@ def make_executor(
 def _offers(
     spec: CascadeSpec, stages: Sequence[Stage], device: int
 ) -> tuple[list[Capturable], str]:
-    """What the first stages offer, and why the next one does not; empty if all do."""
+    """What the first groups of stages offer, and why the next does not; empty if all do."""
     offers: list[Capturable] = []
-    for first, *others in spec.groups:
-        name, stage = spec.stages[first].name, stages[first]
-        if others:
-            return offers, f"stage {name!r} runs beside {spec.stages[others[0]].name!r}"
-        if not isinstance(stage, Offers):
-            return offers, f"stage {name!r}, a {type(stage).__name__}, cannot be captured"
-        if len(offers) == FAILURE_BITS:
-            return offers, f"at most {FAILURE_BITS} stages can be captured"
+    for group in spec.groups:
         try:
-            offers.append(stage.offer_capture(device))
+            offers += [_offer(spec, stages, group, at, device) for at in group]
         except CudaUnavailableError as error:
-            return offers, f"stage {name!r} cannot be captured: {error}"
+            return offers, str(error)
     return offers, ""
+
+
+def _offer(
+    spec: CascadeSpec, stages: Sequence[Stage], group: tuple[int, ...], at: int, device: int
+) -> Capturable:
+    """What stage ``at`` of a group offers.
+
+    Raises:
+        CudaUnavailableError: it cannot be captured; says why.
+    """
+    own, first, stage = spec.stages[at], spec.stages[group[0]], stages[at]
+    if own.when != first.when:
+        raise CudaUnavailableError(
+            f"stage {own.name!r} waits for {own.when!r} and {first.name!r} beside it for "
+            f"{first.when!r}"
+        )
+    if any(stages[other] is stage for other in group if other < at):
+        # Its lanes would share memory that is written, on branches that run at the same time.
+        raise CudaUnavailableError(f"stage {own.name!r} is the same object as one beside it")
+    if not isinstance(stage, Offers):
+        raise CudaUnavailableError(
+            f"stage {own.name!r}, a {type(stage).__name__}, cannot be captured"
+        )
+    if at >= FAILURE_BITS:
+        raise CudaUnavailableError(f"at most {FAILURE_BITS} stages can be captured")
+    try:
+        return stage.offer_capture(device)
+    except CudaUnavailableError as error:
+        raise CudaUnavailableError(f"stage {own.name!r} cannot be captured: {error}") from error
 
 
 def _captured(

@@ -114,7 +114,7 @@ class Capturable(Protocol):
         """Bind to the first rows of a buffer that any stage with equal ``rows`` has allocated.
 
         Bindings of different lanes run at the same time, so they share nothing that is written.
-        Bindings of one lane never do, and may share scratch memory.
+        Those of one offer for one lane never do, and may share scratch memory.
 
         Raises:
             Sn72Error: this number of rows cannot be run.

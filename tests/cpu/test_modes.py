@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import inspect
 import json
 import shutil
@@ -86,8 +87,10 @@ class Gpu:
     def __call__(self, device: int) -> tuple[SimulatedCuda, SimulatedCapturer]:
         return self.cuda, self.capturer
 
-    def make(self, stages: Sequence[Any], mode: Any, **options: Any) -> Any:
-        spec = spec_of(*(f"s{k}" for k in range(len(stages))))
+    def make(
+        self, stages: Sequence[Any], mode: Any, spec: CascadeSpec | None = None, **options: Any
+    ) -> Any:
+        spec = spec or spec_of(*(f"s{k}" for k in range(len(stages))))
         return make_executor(spec, stages, mode, GraphOptions(**options), gpu=self)
 
 
@@ -202,6 +205,50 @@ def test_the_first_stages_are_captured(
     executor, report = gpu.make(stages(gpu.cuda), "device")
     assert report().captured == captured
     assert reason in report().reason
+    executor.close(0.0)
+
+
+PAIR = CascadeSpec(
+    (
+        StageSpec("s0"),
+        StageSpec("left", group="pair", when="t"),
+        StageSpec("right", group="pair", when="t", combine="weighted"),
+        StageSpec("s3"),
+    ),
+    max_batch=4,
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_a_parallel_group_is_captured_as_a_whole(gpu: Gpu, mode: Any) -> None:
+    executor, report = gpu.make([Offering(gpu.cuda) for _ in range(4)], mode, spec=PAIR)
+    assert report().mode == mode
+    assert report().captured == ("s0", "left", "right", "s3")
+    assert "captured up to" not in report().reason
+    executor.close(0.0)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("stages", "when", "reason"),
+    [
+        (lambda c: [Offering(c) for _ in range(4)], "other",
+         "stage 'right' waits for 'other' and 'left' beside it for 't'"),
+        (lambda c: [Offering(c), Offering(c), Plain(), Offering(c)], "t",
+         "stage 'right', a Plain, cannot be captured"),
+        (lambda c: [Offering(c), *[Offering(c)] * 2, Offering(c)], "t",
+         "stage 'right' is the same object as one beside it"),
+    ],
+)  # fmt: skip
+def test_a_parallel_group_is_not_captured_in_part(
+    gpu: Gpu, stages: Any, when: str, reason: str
+) -> None:
+    own = dataclasses.replace(PAIR.stages[2], when=when)
+    spec = dataclasses.replace(PAIR, stages=(*PAIR.stages[:2], own, PAIR.stages[3]))
+    executor, report = gpu.make(stages(gpu.cuda), "device", spec=spec)
+    assert report().captured == ("s0",)
+    assert f"captured up to where {reason}" in report().reason
     executor.close(0.0)
 
 

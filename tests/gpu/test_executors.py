@@ -170,8 +170,11 @@ def cases(spec: CascadeSpec, rng: np.random.Generator, count: int) -> Iterator[C
 @pytest.mark.parametrize("mode", ["cpu", *MODES])
 def test_every_sample_as_the_oracle_says(mode: str) -> None:
     rng = np.random.default_rng(1)
-    for _ in range(8):
-        drawn = random_case(rng, most_samples=1, groups=False, deadlines=False).spec
+    for number in range(8):
+        groups = number % 2 == 1  # without triggers, so that all of them can be captured
+        drawn = random_case(
+            rng, most_samples=1, groups=groups, triggers=not groups, deadlines=False
+        ).spec
         spec = dataclasses.replace(drawn, max_batch=int(rng.choice([1, 5, 16, 33])))
         executor, _, _ = made(spec, mode)
         for case in cases(spec, rng, 100):
