@@ -165,6 +165,7 @@ class BenchReport:
             np.clip(samples, low, high), bins=bins, color="#7aa6d6", edgecolor="white", lw=0.6
         )
         axes.set_ylim(0, axes.get_ylim()[1] * 1.18)  # room for the labels
+        axes.yaxis.get_major_locator().set_params(integer=True)  # calls are counted
         marks = [("p50", latency.p50), ("p95", latency.p95), ("p99", latency.p99)]
         # Labels of neighbouring marks stand at different heights, so that they never overlap.
         for level, (name, value) in enumerate(marks):

@@ -96,11 +96,15 @@ def execute(options: argparse.Namespace) -> Outcome:
     )
     record = dict(quantized.quantization or {})
     sizes = [options.model.stat().st_size, quantized.path.stat().st_size]
+    products = record["quantised"] + len(record["skipped"])
     rows: list[tuple[str, object]] = [
         ("file", f"{quantized.path} ({megabytes(sizes[0])} -> {megabytes(sizes[1])})"),
         ("precision", record["precision"]),
         ("method", f"{record['method']}, {record['samples']} samples"),
-        ("layers", f"{record['quantised']} of {record['asked']} quantised"),
+        (
+            "layers",
+            f"{record['quantised']} of {products} matrix products and convolutions quantised",
+        ),
     ]
     record.pop("ranges", None)
     reasons = Counter(record["skipped"].values())
