@@ -4,8 +4,8 @@ The bindings are a small wheel that links against libraries of more than a gigab
 for those libraries, with the few symbols that the bindings look up and no code behind them, are
 enough to import the wheel and to read its classes:
 
-    pip download --no-deps --dest /tmp/wheels tensorrt_cu13_bindings==11.4.0.106
-    python tests/contract/record_surface.py /tmp/wheels/tensorrt_cu13_bindings-11.4.0.106-*.whl
+    pip download --no-deps --dest wheels tensorrt_cu13_bindings==11.4.0.106
+    python tests/contract/record_surface.py wheels/tensorrt_cu13_bindings-11.4.0.106-*.whl
 
 An installed package is recorded by its name:
 
