@@ -37,8 +37,13 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 
 @pytest.mark.slow
-def test_the_motions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_motions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tests on the interpreter, benchmarks on the CPU, and no sanitizer, which is said."""
+    # The steps are pytest runs of their own; a worker's variables would switch benchmarks off.
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        monkeypatch.delenv(name, raising=False)
     command = ["--allow-cpu", "--out", str(tmp_path), "--minutes", "5", "--select", "vote"]
     assert gpu_evidence.main([*command, "--only", "tests", "kernels", "sanitize"]) == 1
     assert "tests passed; kernels passed; sanitize FAILED" in capsys.readouterr().out
