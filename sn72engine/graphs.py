@@ -15,17 +15,20 @@ What a capture must keep to, and where it is seen to:
 - What cannot stand in the body of a conditional node is counted (:attr:`Captured.forbidden`).
 - The graph's owner is kept: when PyTorch's object goes, so does its memory pool
   (:class:`GraphStore`).
+- A capture that fails must leave nothing behind: the process goes on without it
+  (:class:`TorchCapturer`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sn72engine.cuda.api import Driver, NodeKind, forbidden_nodes
-from sn72engine.errors import CudaUnavailableError, Sn72Error
+from sn72engine.errors import CudaUnavailableError
 
 #: Calls before a capture.
 _WARMUP = 2
@@ -111,8 +114,6 @@ class GraphStore:
                 before = self._capturer.reserved_bytes()
                 graph, owner = self._capturer.capture(call, pool)
                 grown = self._capturer.reserved_bytes() - before
-            except Sn72Error:
-                raise
             except Exception as error:  # whatever the stage's library raises
                 raise CudaUnavailableError(
                     f"stage {stage!r} cannot be captured with {rows} rows: "
@@ -168,7 +169,8 @@ class TorchCapturer:
         device: number of the GPU.
 
     Raises:
-        CudaUnavailableError: this PyTorch has no CUDA, or its allocator cannot be captured.
+        CudaUnavailableError: this PyTorch has no CUDA, sees no such GPU, or its allocator cannot be
+            captured.
     """
 
     def __init__(self, device: int) -> None:
@@ -176,11 +178,14 @@ class TorchCapturer:
 
         if not torch.cuda.is_available():
             raise CudaUnavailableError(f"torch {torch.__version__} sees no CUDA device")
+        count = torch.cuda.device_count()
+        if not 0 <= device < count:
+            raise CudaUnavailableError(f"device={device} is not one of the {count} GPUs of torch")
         backend = torch.cuda.get_allocator_backend()
         if backend != "native":
             raise CudaUnavailableError(
                 f"PyTorch's allocator is {backend!r}, which puts allocations into captured graphs; "
-                "unset backend in PYTORCH_CUDA_ALLOC_CONF"
+                "unset backend in PYTORCH_ALLOC_CONF and PYTORCH_CUDA_ALLOC_CONF"
             )
         self._torch: Any = torch
         self._device = torch.device("cuda", device)
@@ -206,18 +211,46 @@ class TorchCapturer:
         # Before: so that a workspace is allocated while capturing. After: so that nobody else uses
         # it once it belongs to the graph.
         torch._C._cuda_clearCublasWorkspaces()
-        with (
-            torch.cuda.device(self._device),
-            torch.inference_mode(),
-            torch.cuda.graph(
-                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
-            ),
-        ):
+        # Inference mode is inside: what PyTorch makes for the graph itself is no inference tensor.
+        with self._recording(graph, pool), torch.inference_mode():
             call()
         torch._C._cuda_clearCublasWorkspaces()
         return int(graph.raw_cuda_graph()), graph
 
     def reserved_bytes(self) -> int:
         """What the caching allocator holds on this GPU, without what it could give back."""
+        # Those of the warm-up: left, they would hide the ones that the capture allocates.
+        self._torch._C._cuda_clearCublasWorkspaces()
         self._torch.cuda.empty_cache()
         return int(self._torch.cuda.memory_reserved(self._device))
+
+    @contextlib.contextmanager
+    def _recording(self, graph: Any, pool: Any) -> Iterator[None]:
+        """Capture what is done in the ``with`` block.
+
+        Ending a capture that was broken is an error too. It must not take the place of the one that
+        says why, nor leave this thread on the capture stream or the allocator in the capture.
+        """
+        cuda = self._torch.cuda
+        cause: BaseException | None = None
+        try:
+            with (
+                cuda.device(self._device),
+                cuda.stream(self._stream),  # gives back the thread's own where PyTorch does not
+                cuda.graph(
+                    graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
+            ):
+                try:
+                    yield
+                except BaseException as error:
+                    cause = error
+                    raise
+        except BaseException:
+            # Older releases of PyTorch leave it so for good: memory that a second stream has used
+            # is never used again, and emptying the cache is an internal error.
+            with contextlib.suppress(RuntimeError):  # it has been ended
+                self._torch._C._cuda_endAllocateToPool(self._device.index, pool)
+            if cause is not None:
+                raise cause from None
+            raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import inspect
 import json
 import shutil
 import subprocess
@@ -29,7 +28,6 @@ from sn72engine.cuda.api import NodeKind
 from sn72engine.cuda.driver import driver_available
 from sn72engine.cuda.layout import MAX_BUCKETS
 from sn72engine.errors import CascadeError, CudaUnavailableError, OptionError
-from sn72engine.graphs import TorchCapturer
 from sn72engine.preprocessing import preprocess
 from sn72engine.spec import Preprocess, RuntimeOptions, ShapeRange
 from sn72engine.stages.base import StageScores
@@ -474,35 +472,6 @@ def test_an_engine_that_does_not_run_there_offers_nothing() -> None:
         stage = EngineStage(session, "sigmoid")  # type: ignore[arg-type]
         with pytest.raises(CudaUnavailableError, match=f"its engine runs on {where}, not on cuda:"):
             stage.offer_capture(device)
-
-
-def test_pytorch_without_cuda_captures_nothing() -> None:
-    torch = pytest.importorskip("torch")
-    if torch.cuda.is_available():
-        pytest.skip("this PyTorch sees a GPU")
-    with pytest.raises(CudaUnavailableError, match="sees no CUDA device"):
-        TorchCapturer(0)
-
-
-def test_an_allocator_that_allocates_in_graphs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
-    with pytest.raises(CudaUnavailableError, match="'cudaMallocAsync', which puts allocations"):
-        TorchCapturer(0)
-
-
-def test_pytorch_has_the_names_that_we_call() -> None:
-    torch = pytest.importorskip("torch")
-    graph = torch.cuda.CUDAGraph
-    assert "keep_graph" in inspect.signature(graph.__new__).parameters
-    assert callable(graph.raw_cuda_graph)
-    capture = inspect.signature(torch.cuda.graph.__init__).parameters
-    assert {"pool", "stream", "capture_error_mode"} <= set(capture)
-    for name in ("graph_pool_handle", "memory_reserved", "empty_cache", "get_allocator_backend"):
-        assert callable(getattr(torch.cuda, name))
-    if torch.version.cuda:
-        assert callable(torch._C._cuda_clearCublasWorkspaces)
 
 
 @pytest.mark.parametrize("fit", ["center_crop", "squash", "pad"])
