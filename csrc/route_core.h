@@ -143,8 +143,12 @@ SN72_DEVICE void route_block(const RouteArgs& args, RouteShared& shared) {
   const i32 warps = threads / WARP;
   const i32 batch = clamped(*args.batch, args.capacity);
 
-  // One reading of the clock for all, so that equal budgets are treated alike.
-  if (thread == 0) shared.elapsed_ns = args.start_ns ? clock_ns() - *args.start_ns : 0;
+  // One reading of the clock for all, so that equal budgets are treated alike. Nothing promises
+  // that the clock never steps back: a difference below 0 must not become the largest number.
+  if (thread == 0) {
+    const u64 now = args.start_ns ? clock_ns() : 0;
+    shared.elapsed_ns = args.start_ns && now > *args.start_ns ? now - *args.start_ns : 0;
+  }
   __syncthreads();
   const u64 elapsed_ns = shared.elapsed_ns;
 

@@ -93,6 +93,11 @@ class Samples:
                 image = self._images[position] = self._decode(self._sources[position])
             return image
 
+    def forget(self, positions: Indices) -> None:
+        """Let go of decoded images. A stage that asks for one gets it, decoded once more."""
+        for position in positions.tolist():
+            self._images[position] = None
+
     def drop(self, positions: Indices) -> None:
         """Forget images that no stage will ask for again."""
         for position in positions.tolist():

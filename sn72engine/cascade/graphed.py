@@ -18,12 +18,12 @@ Where the answers differ from the CPU executor's, which is otherwise the definit
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import queue
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from sn72engine.cascade.executor import CpuExecutor, Request
 from sn72engine.cascade.lane import Lane
+from sn72engine.cascade.lane_pool import LanePool
 from sn72engine.cascade.report import StageCounts
 from sn72engine.cascade.result import Result
 from sn72engine.cascade.route import NEGATIVE, POSITIVE
@@ -43,8 +44,8 @@ from sn72engine.nvtx import span
 
 log = logging.getLogger("sn72engine.cascade")
 
-#: Nanoseconds that stand for no deadline.
-_UNLIMITED = 1 << 62
+#: Nanoseconds that stand for no deadline: the most that the GPU can count.
+_UNLIMITED = (1 << 64) - 1
 
 
 class Launches(Protocol):
@@ -63,17 +64,19 @@ class Launches(Protocol):
         ...
 
 
+_Equipped = tuple[Lane, Launches]
+
+
 @dataclass(frozen=True, slots=True)
 class _Flight:
     """A batch on the GPU.
 
     ``marks`` has a row per captured stage: which samples of the batch it applies to; those of a
-    group are alike. ``readable``
-    are the rows whose image could be decoded, ``unreadable`` the others, with the reason.
+    group are alike. ``readable`` are the rows whose image could be decoded, ``unreadable`` the
+    others, with the reason.
     """
 
-    lane: Lane
-    launches: Launches
+    equipped: _Equipped
     positions: Indices
     marks: NDArray[np.bool_]
     unreadable: dict[int, str]
@@ -105,17 +108,15 @@ class GraphExecutor:
         #: Stages that the GPU runs side by side; most often one.
         self._groups = tuple(group.stages for group in lanes[0][0].groups)
         self._capacity = lanes[0][0].capacity
-        self._count = len(lanes)
-        self._free: queue.LifoQueue[tuple[Lane, Launches]] = queue.LifoQueue()
-        for lane in lanes:
-            self._free.put(lane)
+        self._pool = LanePool(lanes)
         self._loaders = {s.offer.rows: s.offer.load for s in reversed(lanes[0][0].stages)}
         self._cpu = cpu
         self._release = release
-        self._lock = threading.Lock()
-        self._closed = False
-        #: Why the GPU is no longer used; empty while it is.
-        self.failure = ""
+
+    @property
+    def failure(self) -> str:
+        """Why the GPU is no longer used; empty while it is."""
+        return self._pool.failure
 
     def run(self, request: Request) -> tuple[list[Result], list[StageCounts]]:
         """Answer every sample of a request.
@@ -124,19 +125,18 @@ class GraphExecutor:
             CascadeError: a sample was left without a status, which is a bug; or the executor has
                 been closed.
         """
-        if self._closed:
-            raise CascadeError("the cascade has been closed")
         if self.failure:
             return self._cpu.run(request)
         spec = self._spec
         tally = Tally(len(request.samples))
         counts = [StageCounts() for _ in spec.stages]
         try:
-            self._run_captured(request, tally, counts)
+            with self._pool.visit():
+                self._run_captured(request, tally, counts)
         except CudaUnavailableError as error:
             # A lane that fails is not given back: what it was doing may still be going on.
-            self.failure = str(error)
-            log.exception("the GPU failed; stages run on the host from now on")
+            if self._pool.fail(str(error)):
+                log.exception("the GPU failed; stages run on the host from now on")
             return self._cpu.run(request)
         everyone = np.arange(len(request.samples))
         request.samples.drop(everyone[~tally.is_open(everyone)])
@@ -149,51 +149,44 @@ class GraphExecutor:
 
     def close(self, patience: float) -> tuple[bool, ...]:
         """Take no more work; for each stage, whether it is idle and so may be closed."""
-        self._closed = True
-        # A GPU that failed keeps the lanes that it had.
-        until = time.monotonic() + (0.0 if self.failure else patience)
-        taken = [one for _ in range(self._count) if (one := self._lane(until)) is not None]
-        idle = len(taken) == self._count
-        if idle:
-            for lane, launches in taken:
+        lanes = self._pool.close(patience)
+        if lanes:
+            for lane, launches in lanes:
                 lane.driver.enter()
                 launches.close()
                 lane.close()
-            self._count = 0
             self._release()
+        idle = lanes is not None
         rest = self._cpu.close(patience)
         return tuple(free and (idle or at >= self._captured) for at, free in enumerate(rest))
 
     def _run_captured(self, request: Request, tally: Tally, counts: Sequence[StageCounts]) -> None:
         marks = self._marks(request)
         positions = np.flatnonzero(marks.any(axis=0))
-        pending: list[_Flight] = []
+        flights: deque[_Flight] = deque()
         try:
             for start in range(0, len(positions), self._capacity):
                 batch = positions[start : start + self._capacity]
-                lane = self._lane(-math.inf if pending else request.until)
-                if lane is None and pending:  # never wait for a second lane while holding one
-                    self._finish(pending[0], request, tally, counts)
-                    pending.clear()
-                    lane = self._lane(request.until)
+                lane = self._lane(-math.inf if flights else request.until, counts)
+                if lane is None and flights:  # never wait for a second lane while holding one
+                    self._finish(flights.popleft(), request, tally, counts)
+                    lane = self._lane(request.until, counts)
+                flight = None
                 if lane is not None:
-                    flight = self._start(*lane, batch, marks[:, batch], request, counts)
-                if lane is None or flight is None:
+                    flight = self._start(lane, batch, marks[:, batch], request, counts)
+                if flight is None:
                     self._late(batch, marks, tally, counts)
                     continue
-                pending.append(flight)
-                if len(pending) > 1:
-                    self._finish(pending[0], request, tally, counts)
-                    del pending[0]
-            for flight in pending:
-                self._finish(flight, request, tally, counts)
-            pending.clear()
+                flights.append(flight)
+                if len(flights) > 1:
+                    self._finish(flights.popleft(), request, tally, counts)
+            while flights:
+                self._finish(flights.popleft(), request, tally, counts)
         except CudaUnavailableError:
             raise
         except BaseException:
-            for flight in pending:
-                flight.lane.settle()
-                self._free.put((flight.lane, flight.launches))
+            for flight in flights:
+                self._recover(flight.equipped)
             raise
 
     def _marks(self, request: Request) -> NDArray[np.bool_]:
@@ -204,41 +197,72 @@ class GraphExecutor:
                 mark[:] = request.flags[stage.when]
         return marks
 
-    def _lane(self, until: float) -> tuple[Lane, Launches] | None:
+    def _lane(self, until: float, counts: Sequence[StageCounts]) -> _Equipped | None:
         """A free lane; None if there is none before ``until``, a time of ``time.monotonic()``."""
-        if math.isinf(until) and until > 0:
-            return self._free.get()
+        begin = time.perf_counter()
         try:
-            wait = min(until - time.monotonic(), threading.TIMEOUT_MAX)
-            return self._free.get(block=wait > 0, timeout=max(wait, 0.0))
-        except queue.Empty:
-            return None
+            return self._pool.take(until)
+        finally:
+            counts[0].waited_seconds += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def _recovered(self, equipped: _Equipped) -> Iterator[None]:
+        """What goes wrong in here costs no lane, unless it is the GPU itself."""
+        try:
+            yield
+        except CudaUnavailableError:
+            raise
+        except BaseException:
+            self._recover(equipped)
+            raise
+
+    def _recover(self, equipped: _Equipped) -> None:
+        """Give a lane back once what it was doing, whatever that was, is over."""
+        lane, _ = equipped
+        lane.driver.enter()
+        lane.settle()
+        self._pool.give(equipped)
 
     def _start(
         self,
-        lane: Lane,
-        launches: Launches,
+        equipped: _Equipped,
         positions: Indices,
         marks: NDArray[np.bool_],
         request: Request,
         counts: Sequence[StageCounts],
     ) -> _Flight | None:
         """Decode, upload and launch a batch; None, with the lane given back, if it is too late."""
-        begin = time.perf_counter()
-        try:
+        lane, launches = equipped
+        with self._recovered(equipped):
+            begin = time.perf_counter()
             unreadable = self._load(lane, positions, request)
-        except BaseException:
-            self._free.put((lane, launches))
-            raise
-        counts[0].decode_seconds += time.perf_counter() - begin
-        left = request.until - time.monotonic()
-        if left <= 0:
-            self._free.put((lane, launches))
-            return None
+            counts[0].decode_seconds += time.perf_counter() - begin
+            left = request.until - time.monotonic()
+            if left <= 0:
+                self._pool.give(equipped)
+                return None
+            budget_ns = _UNLIMITED if math.isinf(left) else min(int(left * 1e9), _UNLIMITED)
+            visible = marks.copy()
+            visible[:, [*unreadable]] = False
+            self._write_parameters(lane, positions, visible, budget_ns, request)
+            count = len(positions)
+            rows = next(bucket for bucket in lane.groups[0].buckets if bucket >= count)
+            lane.driver.enter()
+            lane.upload(count)
+            launches.start(rows)
+            readable = np.flatnonzero([row not in unreadable for row in range(count)])
+            return _Flight(equipped, positions, marks, unreadable, readable, budget_ns, rows)
+
+    def _write_parameters(
+        self,
+        lane: Lane,
+        positions: Indices,
+        visible: NDArray[np.bool_],
+        budget_ns: int,
+        request: Request,
+    ) -> None:
+        """What the GPU is told about a batch. ``visible``: which stage is to see which sample."""
         count, parameters = len(positions), lane.parameters
-        visible = marks.copy()
-        visible[:, [*unreadable]] = False
-        budget_ns = _UNLIMITED if math.isinf(left) else min(int(left * 1e9), _UNLIMITED)
         parameters["batch"], parameters["budget_ns"] = count, budget_ns
         for at in self._groups[0]:
             parameters["scored"][at, :count] = np.where(visible[at], at, NO_STAGE)
@@ -247,12 +271,6 @@ class GraphExecutor:
                 parameters["eligible"][number - 1, :count] = visible[first]
             for name, bound in zip(("low", "high"), request.bounds[first], strict=True):
                 parameters[name][number, :count] = bound if bound.ndim == 0 else bound[positions]
-        rows = next(bucket for bucket in lane.groups[0].buckets if bucket >= count)
-        lane.driver.enter()
-        lane.upload(count)
-        launches.start(rows)
-        readable = np.flatnonzero([row not in unreadable for row in range(count)])
-        return _Flight(lane, launches, positions, marks, unreadable, readable, budget_ns, rows)
 
     def _load(self, lane: Lane, positions: Indices, request: Request) -> dict[int, str]:
         """Make the images into rows; those that cannot be, with the reason."""
@@ -273,7 +291,7 @@ class GraphExecutor:
         self, flight: _Flight, request: Request, tally: Tally, counts: Sequence[StageCounts]
     ) -> None:
         """Wait for a batch, take its answers over and give its lane back."""
-        lane = flight.lane
+        lane, launches = flight.equipped
 
         def tell() -> None:
             self._take(flight, tally)
@@ -281,22 +299,28 @@ class GraphExecutor:
             assert request.progress is not None
             request.progress(*known)
 
-        lane.driver.enter()
-        with span("captured stages"):
-            controls = flight.launches.finish(None if request.progress is None else tell)
-        samples = self._take(flight, tally)
-        self._take_unreadable(flight, controls, tally, counts)
+        with self._recovered(flight.equipped):
+            lane.driver.enter()
+            with span("captured stages"):
+                controls = launches.finish(None if request.progress is None else tell)
+            samples = self._take(flight, tally)
+        self._pool.give(flight.equipped)  # from here on nothing of the lane is used
         for control in controls[:-1]:
             if control["count"] and not control["rows"]:
                 raise CascadeError(
                     f"no bucket holds {control['count']} samples; please report this"
                 )
+        self._take_unreadable(flight, controls, tally, counts)
         self._add_counts(flight, samples, controls, counts)
-        self._free.put((lane, flight.launches))
+        if self._captured == len(self._names):
+            settled = flight.positions
+        else:
+            settled = flight.positions[~tally.is_open(flight.positions)]
+        request.samples.forget(settled)
 
     def _take(self, flight: _Flight, tally: Tally) -> NDArray[Any]:
         """The lane's answers into the tally; returns those of the readable samples."""
-        answers, rows = flight.lane.answers, flight.readable
+        answers, rows = flight.equipped[0].answers, flight.readable
         positions = flight.positions[rows]
         samples: NDArray[Any] = answers["samples"][rows]
         tally.load(positions, samples, self._names)

@@ -14,6 +14,7 @@ import math
 import shutil
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sn72engine.cascade import executor, graphed, wiring, worker
+from sn72engine.cascade import executor, graphed, lane_pool, wiring, worker
 from sn72engine.cascade.device import DeviceLaunches
 from sn72engine.cascade.executor import CpuExecutor, Request, Samples
 from sn72engine.cascade.graphed import GraphExecutor
@@ -66,7 +67,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (executor, worker, graphed):
+    for module in (executor, worker, graphed, lane_pool):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -696,18 +697,218 @@ def test_many_threads_on_two_lanes(library: ctypes.CDLL, mode: str) -> None:
     assert rig.executor.close(1.0) == (True, True)
 
 
+class Gate:
+    """Samples whose decoding waits, from one position on, until the test lets it go on."""
+
+    def __init__(self, case: Case, at: int) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+        self.case, self.at = case, at
+
+    def request(self) -> Request:
+        request = request_of(self.case, math.inf)
+        decode = request.samples._decode
+
+        def held(source: int) -> Any:
+            if source == self.at:
+                self.reached.set()
+                assert self.open.wait(20)
+            return decode(source)
+
+        request.samples._decode = held
+        return request
+
+
+class Call:
+    """A request on a thread of its own."""
+
+    def __init__(self, rig: Rig, request: Request) -> None:
+        self.results: list[Result] = []
+        self.counts: list[StageCounts] = []
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(rig, request), daemon=True)
+        self._thread.start()
+
+    def _run(self, rig: Rig, request: Request) -> None:
+        try:
+            self.results, self.counts = rig.executor.run(request)
+        except Exception as error:
+            self.error = error
+
+    def end(self) -> None:
+        self._thread.join(20)
+        assert not self._thread.is_alive(), "hangs"
+
+
+def wait_until(condition: Any) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that")
+
+
+def lines_up(rig: Rig, request: Request) -> Call:
+    """A caller that waits for a lane."""
+    pool = rig.executor._pool
+    before = len(pool._changed._waiters)  # type: ignore[attr-defined]
+    call = Call(rig, request)
+    wait_until(lambda: len(pool._changed._waiters) > before)  # type: ignore[attr-defined]
+    return call
+
+
 def test_busy_lanes_cost_a_caller_no_more_than_its_deadline(library: ctypes.CDLL) -> None:
     spec = plain(1, max_batch=4)
     rig = Rig(library, "device", spec)
-    taken = rig.executor._lane(math.inf)
+    taken = rig.executor._pool.take(math.inf)
     assert taken is not None
     case = case_of(spec, [[0.9, 0.1]])
     results, counts = rig.executor.run(request_of(case, time.monotonic() + 0.05))
     assert {r.status for r in results} == {Status.DEADLINE}
     assert (counts[0].asked, counts[0].late) == (2, 2)
-    rig.executor._free.put(taken)
-    results, _ = rig.executor.run(request_of(case, math.inf))
+    assert counts[0].waited_seconds >= 0.04
+    rig.executor._pool.give(taken)
+    results, counts = rig.executor.run(request_of(case, math.inf))
     assert answers(results) == expected(case)
+    assert counts[0].waited_seconds < 0.04
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_a_failure_of_the_gpu_reaches_those_that_wait_for_a_lane(
+    library: ctypes.CDLL, mode: str
+) -> None:
+    spec = plain(2, max_batch=4)
+    rig = Rig(library, mode, spec)
+    case = case_of(spec, np.random.default_rng(1).random((2, 3)))
+    gate = Gate(case, 0)
+    first = Call(rig, gate.request())
+    assert gate.reached.wait(20)
+    second = lines_up(rig, request_of(case, math.inf))
+    rig.cuda.fail_at = 1
+    gate.open.set()
+    for call in (first, second):
+        call.end()
+        assert answers(call.results) == expected(case)
+    assert "CUDA_ERROR_LAUNCH_FAILED" in rig.executor.failure
+    assert rig.cuda.launches == 1
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_close_lets_running_calls_end(library: ctypes.CDLL, mode: str) -> None:
+    """Also those that still need lanes, and those that wait for one."""
+    spec = plain(2, max_batch=2)
+    rig = Rig(library, mode, spec)
+    case = case_of(spec, np.random.default_rng(2).random((2, 7)))
+    gate = Gate(case, 3)
+    first = Call(rig, gate.request())
+    assert gate.reached.wait(20)
+    second = lines_up(rig, request_of(case, math.inf))
+    idle: list[tuple[bool, ...]] = []
+    closer = threading.Thread(target=lambda: idle.append(rig.executor.close(20.0)), daemon=True)
+    closer.start()
+    wait_until(lambda: rig.executor._pool._closing)
+    with pytest.raises(CascadeError, match="closed"):
+        rig.executor.run(request_of(case, math.inf))
+    gate.open.set()
+    for call in (first, second):
+        call.end()
+        assert call.error is None
+        assert answers(call.results) == expected(case)
+    closer.join(20)
+    assert idle == [(True, True)]
+    assert not rig.cuda.executables
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_close_without_patience_ends_those_that_wait(library: ctypes.CDLL, mode: str) -> None:
+    spec = plain(2, max_batch=2)
+    rig = Rig(library, mode, spec)
+    case = case_of(spec, np.random.default_rng(2).random((2, 2)))
+    gate = Gate(case, 1)
+    first = Call(rig, gate.request())
+    assert gate.reached.wait(20)
+    second = lines_up(rig, request_of(case, math.inf))
+    assert rig.executor.close(0.05) == (False, False)
+    second.end()
+    assert isinstance(second.error, CascadeError)
+    assert rig.cuda.executables  # for the batch that is on its way
+    gate.open.set()
+    first.end()
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+@pytest.mark.parametrize("where", ["before the launch", "at the launch", "after it"])
+def test_what_goes_wrong_in_a_batch_costs_no_lane(
+    library: ctypes.CDLL, clock: Clock, monkeypatch: pytest.MonkeyPatch, mode: str, where: str
+) -> None:
+    """Whatever it is, such as an interrupt from the keyboard."""
+    spec = plain(2, max_batch=2)
+    rig = Rig(library, mode, spec, lanes=2)
+    case = case_of(spec, np.random.default_rng(5).random((2, 7)))
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    method = {"before the launch": "copy", "at the launch": "launch_graph", "after it": "record"}
+    for skipped in (0, 1, 3):
+        with monkeypatch.context() as patch:
+            original, calls = getattr(rig.cuda, method[where]), itertools.count()
+
+            def once(
+                *given: Any,
+                original: Any = original,
+                calls: Iterator[int] = calls,
+                skipped: int = skipped,
+            ) -> Any:
+                return (interrupted if next(calls) == skipped else original)(*given)
+
+            patch.setattr(rig.cuda, method[where], once)
+            with pytest.raises(KeyboardInterrupt):
+                rig.executor.run(request_of(case, math.inf))
+        assert len(rig.executor._pool._free) == 2
+        assert not any(rig.cuda._streams.values())  # and nothing is going on in them
+        check(case, rig, clock)
+    assert rig.executor.close(0.0) == (True, True)
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+@pytest.mark.parametrize("most", [1, 99])
+def test_a_long_call_does_not_keep_the_images_of_settled_samples(
+    library: ctypes.CDLL, clock: Clock, mode: str, most: int
+) -> None:
+    spec = plain(2, max_batch=4)
+    rig = Rig(library, mode, spec, lanes=2, most=most)
+    scores = np.full((2, 60), 0.9)
+    case = case_of(spec, scores)
+    request = request_of(case, math.inf)
+    decode = request.samples._decode
+    images: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def counted(source: int) -> Any:
+        image = decode(source).copy()
+        images.append(weakref.ref(image))
+        alive.append(sum(one() is not None for one in images))
+        return image
+
+    request.samples._decode = counted
+    results, _ = rig.executor.run(request)
+    assert answers(results) == expected(case)
+    assert max(alive) <= 3 * spec.max_batch
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+@pytest.mark.parametrize("limited", [True, False])
+def test_a_clock_that_steps_back_makes_nothing_late(
+    library: ctypes.CDLL, mode: str, limited: bool
+) -> None:
+    spec = plain(2, max_batch=4)
+    rig = Rig(library, mode, spec)
+    rig.cuda.elapsed_ns = lambda stage: -5000
+    case = case_of(spec, np.full((2, 3), 0.5))
+    until = time.monotonic() + 60.0 if limited else math.inf
+    results, counts = rig.executor.run(request_of(case, until))
+    assert answers(results) == expected(case)
+    assert [count.seconds for count in counts] == [0.0, 0.0]
 
 
 def check_random(rig: Rig, spec: CascadeSpec, rng: np.random.Generator, clock: Clock) -> None:

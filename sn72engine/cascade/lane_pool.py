@@ -1,0 +1,117 @@
+"""The lanes that no batch is in, and the callers that wait for one."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Generic, TypeVar
+
+from sn72engine.errors import CascadeError, CudaUnavailableError
+
+T = TypeVar("T")
+
+
+class LanePool(Generic[T]):
+    """Lends each lane to one batch at a time, to any number of threads.
+
+    A caller visits the pool while it has batches to run, so that :meth:`close` can let it end.
+    Whatever happens to the others, nobody waits for a lane that will not come: a failure of the GPU
+    and a close that has run out of patience reach every caller in line.
+
+    Args:
+        lanes: all of them.
+    """
+
+    def __init__(self, lanes: Sequence[T]) -> None:
+        self._free = list(lanes)
+        self._count = len(lanes)
+        self._visitors = 0
+        self._closing = False  # nobody comes in
+        self._closed = False  # nobody gets a lane
+        self._failure = ""
+        self._changed = threading.Condition()
+
+    @property
+    def failure(self) -> str:
+        """Why the GPU is no longer used; empty while it is."""
+        return self._failure
+
+    @contextlib.contextmanager
+    def visit(self) -> Iterator[None]:
+        """For as long as a caller has batches to run.
+
+        Raises:
+            CascadeError: the pool is being closed.
+        """
+        with self._changed:
+            if self._closing:
+                raise CascadeError("the cascade has been closed")
+            self._visitors += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._visitors -= 1
+                self._changed.notify_all()
+
+    def take(self, until: float) -> T | None:
+        """A free lane; None if there is none before ``until``, a time of ``time.monotonic()``.
+
+        Raises:
+            CudaUnavailableError: the GPU has failed.
+            CascadeError: the pool was closed without waiting for this caller any longer.
+        """
+        with self._changed:
+            while True:
+                if self._failure:
+                    raise CudaUnavailableError(self._failure)
+                if self._closed:
+                    raise CascadeError("the cascade has been closed")
+                if self._free:
+                    return self._free.pop()  # the last one used, whose memory is the warmest
+                if not self._wait(until):
+                    return None
+
+    def give(self, lane: T) -> None:
+        """Give a lane back, on which nothing is going on any more."""
+        with self._changed:
+            self._free.append(lane)
+            self._changed.notify_all()
+
+    def fail(self, reason: str) -> bool:
+        """The GPU has failed: no lane is lent any more. Whether this was not known yet."""
+        with self._changed:
+            first = not self._failure
+            self._failure = self._failure or reason
+            self._changed.notify_all()
+            return first
+
+    def close(self, patience: float) -> list[T] | None:
+        """Let nobody in; wait up to ``patience`` seconds for the callers that are, then end them.
+
+        Returns:
+            All lanes, to be released, or none on a further call. None if a batch is still in one,
+            or was when the GPU failed.
+        """
+        until = time.monotonic() + patience
+        with self._changed:
+            self._closing = True
+            while self._visitors and not self._failure and self._wait(until):
+                pass
+            self._closed = True
+            self._changed.notify_all()
+            if len(self._free) < self._count:
+                return None
+            lanes, self._free, self._count = self._free, [], 0
+            return lanes
+
+    def _wait(self, until: float) -> bool:
+        """Wait for a change; False once ``until`` has come."""
+        left = until - time.monotonic()
+        if left <= 0:
+            return False
+        self._changed.wait(None if math.isinf(left) else min(left, threading.TIMEOUT_MAX))
+        return True
