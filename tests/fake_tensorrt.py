@@ -56,9 +56,14 @@ class HostDevice:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Nothing to switch."""
-        yield
+        """Note that it is current, which launches ask for."""
+        before, HostDevice._is_current = HostDevice._is_current, True
+        try:
+            yield
+        finally:
+            HostDevice._is_current = before
 
+    _is_current = False
     queued = in_order = current
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
@@ -340,6 +345,8 @@ class IExecutionContext:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._allocators: dict[str, Any] = {}
+        #: As the real one's bindings do: what it was given once, it holds for life.
+        self.kept: list[Any] = []
         self._memory = (0, 0)
         self.launches = 0
         self.streams: list[int] = []
@@ -370,6 +377,7 @@ class IExecutionContext:
     def set_output_allocator(self, name: str, output_allocator: Any) -> bool:
         """Take an allocator."""
         self._allocators[name] = output_allocator
+        self.kept.append(output_allocator)
         return self._done("set_output_allocator")
 
     def set_device_memory(self, memory: int, size: int) -> None:
@@ -396,6 +404,8 @@ class IExecutionContext:
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         """Compute, reading and writing the addresses that were set."""
+        if not HostDevice._is_current:
+            return self._fail("another device is current")
         if not self._use_scratch():
             return False
         inputs = {name: at(self._addresses[name], shape) for name, shape in self._shapes.items()}

@@ -66,8 +66,9 @@ class BoundRun:
         Raises:
             SessionError: TensorRT refused the launch.
         """
-        stream = self._device.callers_stream
-        self._loaded.check(self._context.execute_async_v3(stream), "the launch")
+        with self._device.current():
+            stream = self._device.callers_stream
+            self._loaded.check(self._context.execute_async_v3(stream), "the launch")
 
     def _check_capturable(self) -> None:
         if self._loaded.manifest.backend != "tensorrt_rtx":

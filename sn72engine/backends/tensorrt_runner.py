@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,8 @@ class TensorRTRunner:
         self._contexts: dict[int, Any] = {}
         #: Address and size of the scratch memory that each context has been given.
         self._given: dict[int, tuple[int, int]] = {}
+        #: By profile and output: one for good, for a context never lets go of an allocator.
+        self._allocators: dict[tuple[int, str], Any] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._scratch: torch.Tensor | None = None
         self._bound_scratch: torch.Tensor | None = None
@@ -175,6 +178,7 @@ class TensorRTRunner:
         loaded.keep_kernels()
         # Before the engine: a context must not outlive it.
         self._contexts.clear()
+        self._allocators.clear()
         self._buffers.clear()
         self._scratch = self._bound_scratch = None  # bindings hold on to theirs
 
@@ -191,9 +195,7 @@ class TensorRTRunner:
         for spec in self.outputs:
             shape = tuple(context.get_tensor_shape(spec.name))
             if -1 in shape:  # it depends on values: known only once the engine has run
-                allocator = make_allocator(loaded.trt, self._device)
-                open_ended[spec] = allocator
-                check(context.set_output_allocator(spec.name, allocator), f"output {spec.name!r}")
+                open_ended[spec] = self._allocator(loaded, profile, spec.name)
                 continue
             results[spec.name] = allocate(spec.name, shape, spec.dtype)
             loaded.set_output(context, spec.name, results[spec.name])
@@ -204,13 +206,23 @@ class TensorRTRunner:
             raise SessionError(f"no memory for an output: {failures[0]}")
         check(launched, "the launch")
         for spec, allocator in open_ended.items():
-            results[spec.name] = allocator.tensor(spec.dtype)
+            results[spec.name] = allocator.take(spec.dtype)
         return {spec.name: results[spec.name] for spec in self.outputs}
 
     def _context(self, loaded: LoadedEngine, profile: int) -> Any:
         if profile not in self._contexts:
             self._contexts[profile] = loaded.new_context(profile, self._device)
         return self._contexts[profile]
+
+    def _allocator(self, loaded: LoadedEngine, profile: int, output: str) -> Any:
+        allocator = self._allocators.get((profile, output))
+        if allocator is None:
+            allocator = make_allocator(loaded.trt, self._device)
+            context = self._context(loaded, profile)
+            loaded.check(context.set_output_allocator(output, allocator), f"output {output!r}")
+            self._allocators[profile, output] = allocator
+        allocator.forget()
+        return allocator
 
     def _give_scratch(self, loaded: LoadedEngine, profile: int, context: Any) -> None:
         if loaded.streams:
@@ -228,9 +240,7 @@ class TensorRTRunner:
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
         """View of ``shape`` at the start of the tensor's own buffer, grown when too small."""
-        count = 1
-        for size in shape:
-            count *= size
+        count = math.prod(shape)
         held = self._buffers.get(name)
         if held is None or held.numel() < count:
             held = self._buffers[name] = self._device.empty((count,), dtype)
@@ -273,6 +283,10 @@ def make_allocator(trt: Any, device: Device) -> Any:
 
         def __init__(self) -> None:
             super().__init__()
+            self.forget()
+
+        def forget(self) -> None:
+            """Hold nothing of an earlier launch."""
             self.failure = ""
             self._memory: Any = None
             self._shape: tuple[int, ...] | None = None
@@ -297,16 +311,15 @@ def make_allocator(trt: Any, device: Device) -> Any:
         def notify_shape(self, tensor_name: str, shape: Any) -> None:
             self._shape = tuple(shape)
 
-        def tensor(self, dtype: str) -> Any:
-            """The output, once the engine was launched."""
+        def take(self, dtype: str) -> Any:
+            """The output, once the engine was launched; it is the caller's from then on."""
             import torch
 
-            if self._shape is None or self._memory is None:
+            memory, shape = self._memory, self._shape
+            self.forget()
+            if shape is None or memory is None:
                 raise SessionError("TensorRT reported no shape for an output")
             kind = getattr(torch, dtype)
-            count = 1
-            for size in self._shape:
-                count *= size
-            return self._memory[: count * kind.itemsize].view(kind).view(self._shape)
+            return memory[: math.prod(shape) * kind.itemsize].view(kind).view(shape)
 
     return Allocator()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -282,6 +283,32 @@ def test_outputs_of_unknown_size(opened: Opened, on_device: bool) -> None:
             np.testing.assert_array_equal(doubled, 2 * x)
         for x, positive in kept:  # later calls did not touch them
             np.testing.assert_array_equal(positive, x[x > 0])
+
+
+def test_outputs_of_unknown_size_are_not_held(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context never lets go of an allocator, so a new one for each call would keep its memory."""
+    held = plan(
+        profiles=[profile(1, 1, 1), profile(2, 4, 8)],
+        outputs={"doubled": ["batch", 3], "positive": [-1]},
+    )
+    given: list[weakref.ref[torch.Tensor]] = []
+    real = HostDevice.empty
+
+    def empty(self: HostDevice, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        memory = real(self, shape, dtype)
+        given.append(weakref.ref(memory))
+        return memory
+
+    with opened(held, library=Library(split), outputs=(POSITIVE, DOUBLED)) as session:
+        monkeypatch.setattr(HostDevice, "empty", empty)
+        for rows in (4, 1, 4, 1, 4):
+            del given[:]
+            session._runner.run_device({"x": torch.from_numpy(some(rows))})
+            left = [memory() for memory in given if memory() is not None]
+            assert all(memory is session._runner._scratch for memory in left)
+        assert [len(context.kept) for context in library_of(session).contexts] == [1, 1]
 
 
 def test_an_output_may_be_empty(opened: Opened) -> None:
