@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,20 @@ from sn72engine.cascade.wiring import cascade_graph
 
 
 class DeviceLaunches:
-    """The graphs of a lane, one for each number of rows of the first stage."""
+    """The graphs of a lane, one for each number of rows of the first stage.
+
+    Raises:
+        CudaUnavailableError: the driver refuses one; none is left.
+    """
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
-        self._graphs = {rows: cascade_graph(lane, rows) for rows in lane.groups[0].buckets}
+        self._graphs: dict[int, int] = {}
+        with contextlib.ExitStack() as unfinished:
+            unfinished.callback(self.close)
+            for rows in lane.groups[0].buckets:
+                self._graphs[rows] = cascade_graph(lane, rows)
+            unfinished.pop_all()
 
     def start(self, rows: int) -> None:
         """Launch the cascade on what has been uploaded."""

@@ -8,6 +8,7 @@ when the host sees that no sample goes on.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,17 +22,26 @@ from sn72engine.cuda.layout import CONTROL
 
 
 class HostLaunches:
-    """The graphs of a lane: one for each group and number of rows, and one to pass a group by."""
+    """The graphs of a lane: one for each group and number of rows, and one to pass a group by.
+
+    Raises:
+        CudaUnavailableError: the driver refuses one; none is left.
+    """
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
-        self._first = {rows: first_graph(lane, rows) for rows in lane.groups[0].buckets}
+        self._first: dict[int, int] = {}
         #: By number of the group and number of rows, 0 for none.
         self._next: dict[tuple[int, int], int] = {}
-        for number, group in enumerate(lane.groups[1:], 1):
-            self._next[number, 0] = skip_graph(lane, number)
-            for rows in group.buckets:
-                self._next[number, rows] = next_graph(lane, number, rows)
+        with contextlib.ExitStack() as unfinished:
+            unfinished.callback(self.close)
+            for rows in lane.groups[0].buckets:
+                self._first[rows] = first_graph(lane, rows)
+            for number, group in enumerate(lane.groups[1:], 1):
+                self._next[number, 0] = skip_graph(lane, number)
+                for rows in group.buckets:
+                    self._next[number, rows] = next_graph(lane, number, rows)
+            unfinished.pop_all()
 
     def start(self, rows: int) -> None:
         """Launch the first stage on what has been uploaded."""

@@ -178,11 +178,15 @@ def make_executor(
     try:
         captured = _captured(spec, offers, options)
         return _graphed(spec, captured, cpu, mode, options, gpu(device), why_rest)
-    except Sn72Error as error:
-        if mode != "auto":
+    except Exception as error:  # also PyTorch's own: out of memory, no GPU of that number
+        known = isinstance(error, Sn72Error)
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        if mode == "auto":
+            log.warning("stages run on the host: %s", reason)
+            return plain(reason)
+        if known:
             raise
-        log.warning("stages run on the host: %s", error)
-        return plain(str(error))
+        raise CudaUnavailableError(f"mode={mode!r} is not possible: {reason}") from error
 
 
 def _offers(
@@ -303,22 +307,26 @@ def _launches(
     """The graphs of each lane, with the mode that they are for and the reason for it."""
     if mode != "device":
         reason = _UNPROVEN if mode == "auto" else "mode='host' was asked for"
-        return "host", reason, [HostLaunches(lane) for lane in lanes]
+        return "host", reason, _of_all(HostLaunches, lanes)
     objection = store.objection()
     if not objection:
-        made: list[Launches] = []
         try:
-            for lane in lanes:
-                made.append(DeviceLaunches(lane))  # noqa: PERF401 - as above
+            return "device", "mode='device' was asked for", _of_all(DeviceLaunches, lanes)
         except CudaUnavailableError as error:
             objection = str(error)
-            for launches in made:
-                launches.close()
-        else:
-            return "device", "mode='device' was asked for", made
     log.warning("mode='device' is not possible, 'host' is used: %s", objection)
-    return (
-        "host",
-        f"mode='device' is not possible: {objection}",
-        [HostLaunches(lane) for lane in lanes],
-    )
+    reason = f"mode='device' is not possible: {objection}"
+    return "host", reason, _of_all(HostLaunches, lanes)
+
+
+def _of_all(kind: Callable[[Lane], Launches], lanes: Sequence[Lane]) -> list[Launches]:
+    """The graphs of all lanes, or of none."""
+    made: list[Launches] = []
+    try:
+        for lane in lanes:
+            made.append(kind(lane))  # noqa: PERF401 - those that were made are needed below
+    except BaseException:
+        for launches in made:
+            launches.close()
+        raise
+    return made

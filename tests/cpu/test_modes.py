@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import json
 import shutil
 import subprocess
@@ -285,6 +286,79 @@ def test_a_capture_that_fails_releases_what_was_made(gpu: Gpu) -> None:
     assert gpu.cuda.allocations <= offers_own
     assert not gpu.cuda._pinned
     assert not gpu.cuda._streams
+
+
+class Exhausted(Offering):
+    """A stage whose library runs out of memory, in its own words."""
+
+    def __init__(self, cuda: SimulatedCuda, where: str) -> None:
+        super().__init__(cuda)
+        self._where = where
+
+    def offer_capture(self, device: int) -> ColumnOffer:
+        def fail(*_: Any) -> Any:
+            raise RuntimeError("CUDA out of memory")
+
+        offer = super().offer_capture(device)
+        setattr(offer, self._where, fail)
+        return offer
+
+
+@needs_compiler
+@pytest.mark.parametrize("buckets", [(), "measured"])
+@pytest.mark.parametrize("where", ["allocate", "bind"])
+def test_what_the_library_of_a_stage_raises(gpu: Gpu, where: str, buckets: Any) -> None:
+    stages = [Offering(gpu.cuda), Exhausted(gpu.cuda, where)]
+    executor, report = gpu.make(stages, "auto", buckets=buckets)
+    assert isinstance(executor, CpuExecutor)
+    assert (report().mode, report().reason) == ("cpu", "RuntimeError: CUDA out of memory")
+    with pytest.raises(CudaUnavailableError, match=r"mode='host' .*RuntimeError: CUDA out of"):
+        gpu.make(stages, "host", buckets=buckets)
+    assert not gpu.cuda._pinned
+    assert not gpu.cuda._streams
+
+
+@needs_compiler
+def test_a_gpu_that_pytorch_cannot_open(gpu: Gpu) -> None:
+    def broken(device: int) -> Any:
+        raise RuntimeError(f"invalid device ordinal {device}")
+
+    stages = [Offering(gpu.cuda)]
+    spec, options = spec_of("s0"), GraphOptions()
+    _, report = make_executor(spec, stages, "auto", options, device=7, gpu=broken)
+    assert report().reason == "RuntimeError: invalid device ordinal 7"
+    with pytest.raises(CudaUnavailableError, match=r"mode='device'.*invalid device ordinal 7"):
+        make_executor(spec, stages, "device", options, device=7, gpu=broken)
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize("at", range(10))
+def test_a_graph_that_the_driver_does_not_take_leaves_no_other(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, mode: Any, at: int
+) -> None:
+    instantiate, calls = gpu.cuda.instantiate, itertools.count()
+    # Per lane two graphs with device; with host two of the first stage and three of the second.
+    lanes, per_lane = 2, {"device": 2, "host": 5}
+
+    def refuse_one(graph: int, stream: int) -> int:
+        if next(calls) == at:
+            raise CudaUnavailableError("cuGraphInstantiate failed with CUDA_ERROR_OUT_OF_MEMORY")
+        return instantiate(graph, stream)
+
+    monkeypatch.setattr(gpu.cuda, "instantiate", refuse_one)
+    stages = [Offering(gpu.cuda), Offering(gpu.cuda)]
+    if mode == "host":
+        with pytest.raises(CudaUnavailableError, match="CUDA_ERROR_OUT_OF_MEMORY"):
+            gpu.make(stages, mode)
+        assert not gpu.cuda.executables
+        assert not gpu.cuda._streams
+        return
+    executor, report = gpu.make(stages, mode)
+    assert report().mode == ("host" if at < lanes * per_lane["device"] else "device")
+    assert len(gpu.cuda.executables) == lanes * per_lane[report().mode]
+    executor.close(0.0)
+    assert not gpu.cuda.executables
 
 
 @given(st.integers(1, 5000))
