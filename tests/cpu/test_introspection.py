@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sn72engine import inspection
@@ -14,8 +15,10 @@ from sn72engine.engine import Engine
 from sn72engine.errors import InputError
 from sn72engine.inspection_diff import diff
 from sn72engine.introspection import layers_of, plan_header, tensorrt
-from sn72engine.spec import BuildOptions, ShapeRange
+from sn72engine.session import load
+from sn72engine.spec import BuildOptions, ShapeRange, VerifyOptions
 from sn72engine.store import Store
+from sn72engine.verifier import verify
 from tests import tiny_models
 
 
@@ -182,3 +185,20 @@ def test_diff_of_engines_tells_options_and_fingerprint(tmp_path: Path) -> None:
     assert told["backend"] == ("onnxruntime", "openvino")
     assert not [name for name in told if name.startswith(("manifest", "fingerprint.backend"))]
     assert "c" in across.added
+
+
+def test_diff_of_verified_engines_tells_the_outcome_and_not_the_figures(tmp_path: Path) -> None:
+    model = tiny_models.convolution(tmp_path / "m.onnx")
+    store = Store(tmp_path / "store")
+    reports = []
+    for most in (2, 4):
+        engine = build(model, BuildOptions(batch=ShapeRange(1, 2, most)), store=store)
+        with load(engine) as session:
+            [given] = session.inputs
+            batch = np.full((most, *given.shape[1:]), most, np.float32)
+            report = verify(session, session, [batch], options=VerifyOptions(min_speedup=None))
+        engine = store.update_manifest(engine, verification=report.to_dict())
+        reports.append(inspection.inspect_engine(engine.folder))
+    assert {change.name for change in diff(*reports).facts} == {"batch.max"}
+    reports[1]["manifest"]["verification"]["passed"] = False
+    assert "verification.passed: True -> False" in diff(*reports).render()
