@@ -58,6 +58,7 @@ LITE0 = {
     "int8 entropy, file": (QuantizeOptions(method="entropy"), False),
     "int8 max, file": (QuantizeOptions(method="max"), False),
     "fp8, file": (QuantizeOptions(precision="fp8"), False),
+    "fp8, biases kept, file": (QuantizeOptions(precision="fp8", bias_correction=False), False),
     # The projections, which end each block unrectified; named after the folded normalisation.
     "fp8 without projections, file": (
         QuantizeOptions(precision="fp8", overrides={"*_bn2": "float"}),
@@ -71,6 +72,7 @@ VIT = {
     "int8 entropy, file": (QuantizeOptions(method="entropy"), False),
     "fp8, module": (QuantizeOptions(precision="fp8"), True),
     "nvfp4, module": (QuantizeOptions(precision="nvfp4"), True),
+    "nvfp4, biases kept, module": (QuantizeOptions(precision="nvfp4", bias_correction=False), True),
     "mxfp8, module": (QuantizeOptions(precision="mxfp8"), True),
 }
 Rows = dict[str, tuple[QuantizeOptions, bool]]

@@ -17,6 +17,8 @@ from sn72kernels.ops.quantize_blocks.reference import (
     E4M3_MAX,
     MXFP8_BLOCK,
     NVFP4_BLOCK,
+    dequantize_mxfp8,
+    dequantize_nvfp4,
     global_scale_of,
     quantize_mxfp8,
     quantize_nvfp4,
@@ -121,6 +123,34 @@ def mxfp8(name: str, weight: np.ndarray) -> list[Any]:
         onnx.helper.make_tensor(f"{name}_f8", kind, weight.shape, _bytes(torch, values), raw=True),
         onnx.numpy_helper.from_array(scales.view(torch.uint8).numpy(), f"{name}_block_scale"),
     ]
+
+
+def held(precision: str, weight: np.ndarray, axis: int) -> np.ndarray:
+    """What a weight is once it was stored: float32, in the shape of ``weight``.
+
+    Args:
+        precision: number format.
+        weight: float32; with two axes for the formats that scale by block.
+        axis: of the output channel; blocks lie along the other one.
+    """
+    torch = _deps.require("torch", purpose="quantise a model")
+    if precision in BLOCK:
+        values = torch.from_numpy(np.ascontiguousarray(weight if axis == 0 else weight.T))
+        if precision == "nvfp4":
+            overall = global_scale_of(values)
+            values = dequantize_nvfp4(*quantize_nvfp4(values, overall), overall, torch.float32)
+        else:
+            values = dequantize_mxfp8(*quantize_mxfp8(values), torch.float32)
+        rounded: np.ndarray = values.numpy()
+        return rounded if axis == 0 else rounded.T
+    scales = _channel_scales(weight, axis, LARGEST[precision])
+    along = affine.along(scales, weight.ndim, axis)
+    if precision == "int8":
+        codes = affine.quantize_weight(weight, scales, axis)
+    else:
+        codes = torch.from_numpy(to_e4m3(weight / along)).view(torch.float8_e4m3fn).float().numpy()
+    found: np.ndarray = codes * along
+    return found
 
 
 def to_e4m3(values: np.ndarray) -> np.ndarray:

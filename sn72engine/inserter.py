@@ -10,7 +10,9 @@ What each format becomes, for a product of an activation ``x`` and a constant we
   behind the latter.
 
 Blocks lie along the axis that the product sums over, which TensorRT wants last: a weight that has
-it first is stored transposed, with a Transpose behind it. The nodes of domain ``trt`` are
+it first is stored transposed, with a Transpose behind it. Where the mean of ``x`` is known and the
+product has a bias, the bias makes up for the weight's rounding
+(:mod:`sn72engine.bias_correction`). The nodes of domain ``trt`` are
 TensorRT's; :mod:`sn72engine.emulation` writes them in standard operators for a CPU.
 """
 
@@ -22,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from sn72engine import _deps, formats, layers
+from sn72engine import _deps, bias_correction, formats, layers
 from sn72engine.errors import QuantizationError
 from sn72engine.spec import QuantizedPrecision
 
@@ -46,14 +48,16 @@ class Layer:
         amax: largest magnitude of its input that is still exact; ``mxfp8`` does not need it.
         smooth: float32 (inputs,); the input is multiplied by it and the weight divided, before
             both are quantised (SmoothQuant, Xiao et al. 2023). ``amax`` is that of the product.
+        mean: float (inputs,), mean of each input channel before ``smooth``; None leaves the bias.
     """
 
     precision: QuantizedPrecision
     amax: float
     smooth: np.ndarray | None = None
+    mean: np.ndarray | None = None
 
 
-def insert(proto: Any, plan: Mapping[str, Layer]) -> None:
+def insert(proto: Any, plan: Mapping[str, Layer]) -> int:
     """Quantise nodes of a float32 ModelProto in place.
 
     Nodes that read the same tensor with the same format and range share its quantisation. Weights
@@ -62,6 +66,9 @@ def insert(proto: Any, plan: Mapping[str, Layer]) -> None:
     Args:
         proto: with every weight in memory; nodes have names.
         plan: node name to layer, as :func:`sn72engine.layers.choose` allows.
+
+    Returns:
+        How many biases were corrected.
 
     Raises:
         QuantizationError: a name is not a node of the graph with a constant weight, or the graph
@@ -80,6 +87,7 @@ def insert(proto: Any, plan: Mapping[str, Layer]) -> None:
     missing = sorted(set(plan) - {node.name for node in nodes})
     if missing:
         raise QuantizationError(f"no node is named {missing[0]!r}")
+    return writer.corrected
 
 
 class _Writer:
@@ -89,10 +97,12 @@ class _Writer:
         self._onnx = onnx
         self._graph = proto.graph
         self._weights = {tensor.name: tensor for tensor in proto.graph.initializer}
-        self._readers: dict[str, int] = {}
+        self._readers: dict[str, list[Any]] = {}
         for node in proto.graph.node:
             for name in node.input:
-                self._readers[name] = self._readers.get(name, 0) + 1
+                self._readers.setdefault(name, []).append(node)
+        self._results = {value.name for value in proto.graph.output}
+        self.corrected = 0
         self._activations: dict[tuple[Any, ...], str] = {}
         self._stored: dict[tuple[Any, ...], str] = {}
 
@@ -172,14 +182,55 @@ class _Writer:
         axis = layers.channel_axis(node, len(weight.dims))
         smooth = None if layer.smooth is None else layer.smooth.tobytes()
         key = (weight.name, layer.precision, axis, smooth)
-        if key not in self._stored:
+        bias = None if layer.mean is None else self._bias(node, weight.dims[axis])
+        if key not in self._stored or bias is not None:
             values = self._onnx.numpy_helper.to_array(weight).astype(np.float32)
             if layer.smooth is not None:
                 values = values / (layer.smooth if axis == 0 else layer.smooth[:, None])
+            if bias is not None:
+                self._correct(node, *bias, values, axis, layer)
+        if key not in self._stored:
             self._stored[key] = result = f"{node.name}_w_dq"
             yield from self._stored_weight(f"{node.name}_w", values, axis, layer.precision, result)
         node.input[1] = self._stored[key]
-        self._release(weight.name)
+        self._release(weight.name, node)
+
+    def _bias(self, node: Any, channels: int) -> tuple[Any, int] | None:
+        """The node that adds a product's constant bias, and which of its inputs that is."""
+        if node.op_type == "MatMul":
+            readers = self._readers.get(node.output[0], [])
+            if len(readers) != 1 or node.output[0] in self._results:
+                return None
+            adder = readers[0]
+            if adder.op_type != "Add":
+                return None
+            place = 1 if adder.input[0] == node.output[0] else 0
+        else:
+            adder, place = node, 2
+            factors = {a.f for a in node.attribute if a.name in ("alpha", "beta")}
+            if len(node.input) < 3 or factors - {1.0}:
+                return None
+        held = self._weights.get(adder.input[place])
+        # Any other shape adds something else to each row, or the same to every channel.
+        dims = [] if held is None else list(held.dims)
+        return (adder, place) if dims[-1:] == [channels] == [np.prod(dims)] else None
+
+    def _correct(
+        self, node: Any, adder: Any, place: int, values: np.ndarray, axis: int, layer: Layer
+    ) -> None:
+        """Give a product a bias of its own, without the mean error of its rounded weight."""
+        assert layer.mean is not None
+        mean = layer.mean if layer.smooth is None else layer.mean * layer.smooth
+        error = formats.held(layer.precision, values, axis) - values
+        name = adder.input[place]
+        bias = self._onnx.numpy_helper.to_array(self._weights[name])
+        fixed = bias - bias_correction.shift(error, mean, axis).reshape(bias.shape)
+        adder.input[place] = f"{node.name}_bias"
+        self._store(
+            self._onnx.numpy_helper.from_array(fixed.astype(bias.dtype), adder.input[place])
+        )
+        self._release(name, adder)
+        self.corrected += 1
 
     def _stored_weight(
         self, name: str, values: np.ndarray, axis: int, precision: str, result: str
@@ -221,9 +272,9 @@ class _Writer:
             self._weights[tensor.name] = tensor
         return [tensor.name for tensor in tensors]
 
-    def _release(self, name: str) -> None:
+    def _release(self, name: str, reader: Any) -> None:
         """Drop a float weight once its last reader has another."""
-        self._readers[name] -= 1
+        self._readers[name].remove(reader)
         if self._readers[name]:
             return
         for index, tensor in enumerate(self._graph.initializer):

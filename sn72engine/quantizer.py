@@ -35,6 +35,7 @@ from sn72engine.model import OnnxModel, read_record, write_record
 from sn72engine.progress import Progress
 from sn72engine.quiet import quiet
 from sn72engine.spec import QuantizedPrecision, QuantizeOptions
+from sn72engine.torch_ranges import LayerRange
 
 if TYPE_CHECKING:
     import torch
@@ -70,12 +71,14 @@ class Calibration:
 
     Attributes:
         amax: node name to the largest magnitude of its input that is to be held.
+        means: node name to the mean of each input channel, for the correction of biases.
         smooth: node name to the factors of its input channels, for SmoothQuant.
         ranges: tensor name to (smallest, largest) value, for the CPU form of INT8 layers.
         record: method, source, samples and hash, for the file's record.
     """
 
     amax: Mapping[str, float]
+    means: Mapping[str, np.ndarray] = field(default_factory=dict)
     smooth: Mapping[str, np.ndarray] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -83,7 +86,9 @@ class Calibration:
     def layer(self, name: str, precision: str) -> Layer:
         """How a node is quantised to a format."""
         smooth = self.smooth.get(name) if precision == "int8" else None
-        return Layer(cast(QuantizedPrecision, precision), self.amax[name], smooth)
+        return Layer(
+            cast(QuantizedPrecision, precision), self.amax[name], smooth, self.means.get(name)
+        )
 
 
 def quantize(
@@ -146,7 +151,7 @@ def calibrate(
     folder: Path | None = None,
     progress: bool | None = None,
 ) -> Calibration:
-    """Collect the range of every input that ``choice`` quantises.
+    """Collect the range, and the means, of every input that ``choice`` quantises.
 
     Nodes that turn out to have none are moved to ``choice.skipped``. By the method ``max`` the
     ranges hold for any format, so that one calibration serves many assignments of formats.
@@ -176,26 +181,34 @@ def calibrate(
         bar = stack.enter_context(
             Progress(f"calibrate {model.path.name}", steps, unit="batch", shown=progress)
         )
-        seen: dict[str, tuple[float, float]] = {}
+        seen = ranges.Seen({}, {})
         if watched != set():
             bar.note("ranges")
-            seen = ranges.collect(model.path, _feeds(model, data, bar), watched, scratch)
+            feeds = _feeds(model, data, bar)
+            averaged = _tensors_to_average(model, choice) if module is None else {}
+            seen = ranges.collect(model.path, feeds, watched, scratch, means=averaged)
         bar.note(method)
         smooth: dict[str, np.ndarray] = {}
         if module is not None:
             source = "modelopt.torch"
-            amax, smooth = _ranges_by_module(model, module, data, options, choice, bar)
+            by_node = _ranges_by_module(model, module, data, options, choice, bar)
+            amax = {name: entry.amax for name, entry in by_node.items()}
+            means = {name: entry.mean for name, entry in by_node.items()}
+            smooth = {n: entry.smooth for n, entry in by_node.items() if entry.smooth is not None}
         else:
             source = "onnxruntime"
-            amax = {name: max(map(abs, seen[choice.inputs[name]])) for name in choice.precisions}
+            inputs = {name: choice.inputs[name] for name in choice.precisions}
+            amax = {name: max(map(abs, seen.ranges[tensor])) for name, tensor in inputs.items()}
+            means = {n: seen.means[tensor] for n, tensor in inputs.items() if tensor in seen.means}
             if from_file:
                 source = "modelopt.onnx"
                 amax.update(_ranges_by_modelopt(model, data, options, choice, scratch, bar))
         digest = data.data_sha256()
     return Calibration(
         amax,
+        means if options.bias_correction else {},
         smooth,
-        seen if "int8" in choice.precisions.values() else {},
+        seen.ranges if "int8" in choice.precisions.values() else {},
         {
             "method": method,
             "source": source,
@@ -223,7 +236,7 @@ def write(
     proto = onnx_file.load(model.path)
     layers.name_nodes(proto)
     record = read_record(proto)
-    insert(proto, {n: calibration.layer(n, p) for n, p in choice.precisions.items()})
+    corrected = insert(proto, {n: calibration.layer(n, p) for n, p in choice.precisions.items()})
     used = set(choice.precisions.values())
     hard = [name for name in choice.skipped if name not in choice.unasked]
     record["quantization"] = {
@@ -233,6 +246,7 @@ def write(
         "overrides": dict(options.overrides),
         "asked": len(choice.precisions) + len(hard),
         "quantised": len(choice.precisions),
+        "corrected_biases": corrected,
         "nodes": list(choice.precisions),
         "precisions": choice.precisions,
         "modules": {n: choice.modules[n] for n in choice.precisions if n in choice.modules},
@@ -268,6 +282,21 @@ def _tensors_to_watch(choice: Choice, *, everything: bool) -> set[str] | None:
     return {choice.inputs[n] for n in choice.precisions if everything or n in integer}
 
 
+def _tensors_to_average(model: OnnxModel, choice: Choice) -> dict[str, int]:
+    """Tensors whose channel means correct biases, as :func:`ranges.collect` takes them.
+
+    One that a convolution and a matrix product read is left out: their channels are two axes.
+    """
+    axes: dict[str, set[int]] = {}
+    graph = _skeleton(model.path).graph
+    shapes = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.name in choice.precisions:
+            ndim = shapes[node.input[1]] if node.op_type == "Conv" else 0
+            axes.setdefault(node.input[0], set()).add(ndim)
+    return {name: found.pop() for name, found in axes.items() if len(found) == 1}
+
+
 def _ranges_by_module(
     model: OnnxModel,
     module: torch.nn.Module,
@@ -275,8 +304,8 @@ def _ranges_by_module(
     options: QuantizeOptions,
     choice: Choice,
     bar: Progress,
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Ranges of the module's layers, given to the nodes that they became."""
+) -> dict[str, LayerRange]:
+    """What the module's layers read, given to the nodes that they became."""
     known = torch_ranges.quantisable(module)
     wanted: dict[str, str] = {}
     for name, precision in list(choice.precisions.items()):
@@ -302,11 +331,7 @@ def _ranges_by_module(
         )
     arrays = (feed[model.inputs[0].name] for feed in _feeds(model, data, bar))
     found = torch_ranges.collect(module, wanted, arrays, options.resolved_method)
-    by_node = {name: found[choice.modules[name]] for name in choice.precisions}
-    return (
-        {name: entry.amax for name, entry in by_node.items()},
-        {name: e.smooth for name, e in by_node.items() if e.smooth is not None},
-    )
+    return {name: found[choice.modules[name]] for name in choice.precisions}
 
 
 def _ranges_by_modelopt(

@@ -1,9 +1,10 @@
-"""Smallest and largest value of a graph's inner tensors over a data set, in flat memory."""
+"""Ranges and channel means of a graph's inner tensors over a data set, in flat memory."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,20 @@ INTEGER_OPS = PRODUCTS | ACTIVATIONS | JOINS | POOLS | MOVES | {"ReduceMean"}
 
 _INLINE_BYTES = 16 << 20
 
-_MIN, _MAX = "sn72.min.", "sn72.max."
+_MIN, _MAX, _MEAN = "sn72.min.", "sn72.max.", "sn72.mean."
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the tensors held.
+
+    Attributes:
+        ranges: tensor name to (smallest, largest) over all batches.
+        means: tensor name to the mean of each channel, float64 (channels,).
+    """
+
+    ranges: Mapping[str, tuple[float, float]]
+    means: Mapping[str, np.ndarray]
 
 
 def collect(
@@ -26,10 +40,12 @@ def collect(
     feeds: Iterable[Mapping[str, np.ndarray]],
     tensors: Collection[str] | None = None,
     folder: Path | None = None,
-) -> dict[str, tuple[float, float]]:
+    *,
+    means: Mapping[str, int] | None = None,
+) -> Seen:
     """Range of the float tensors named, or of every one that touches one of :data:`INTEGER_OPS`.
 
-    The reductions are made part of the graph, so only two numbers per tensor and batch leave
+    The reductions are made part of the graph, so only a few numbers per tensor and batch leave
     ONNX Runtime and no tensor outlives the node that reads it last.
 
     Args:
@@ -37,9 +53,9 @@ def collect(
         feeds: batches, as input name to array; each is read once and let go.
         tensors: names of float tensors that a node computes or that are inputs; None as above.
         folder: for a scratch file of the size of ``path``; None for the system's own.
-
-    Returns:
-        Tensor name to (smallest, largest) over all batches.
+        means: name of each tensor whose channel means are wanted, to its number of axes if it is
+            an image, whose channels are axis 1, and to 0 if its channels are the last axis. The
+            first axis is the batch.
 
     Raises:
         CalibrationError: there is no batch, or a tensor became NaN or infinite.
@@ -49,22 +65,29 @@ def collect(
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory(prefix=".sn72.", dir=folder) as scratch:
-        names = _augment(path, Path(scratch) / path.name, tensors)
+        names = _augment(path, Path(scratch) / path.name, tensors, means or {})
         session = ort.InferenceSession(
             str(Path(scratch) / path.name), settings, providers=["CPUExecutionProvider"]
         )
-        return _watch(session, names, feeds)
+        return _watch(session, names, list(means or {}), feeds)
 
 
 def _watch(
-    session: Any, names: list[str], feeds: Iterable[Mapping[str, np.ndarray]]
-) -> dict[str, tuple[float, float]]:
+    session: Any,
+    names: list[str],
+    averaged: list[str],
+    feeds: Iterable[Mapping[str, np.ndarray]],
+) -> Seen:
     wanted = [prefix + name for prefix in (_MIN, _MAX) for name in names]
+    wanted += [_MEAN + name for name in averaged]
+    sums: list[Any] = [0.0] * len(averaged)
+    samples = 0
     low = np.full(len(names), np.inf)
     high = np.full(len(names), -np.inf)
     batches = 0
     for batches, feed in enumerate(feeds, 1):
-        found = np.array([float(value) for value in session.run(wanted, dict(feed))])
+        given = session.run(wanted, dict(feed))
+        found = np.array([float(value) for value in given[: 2 * len(names)]])
         least, most = found[: len(names)], found[len(names) :]
         bad = np.flatnonzero(~(np.isfinite(least) & np.isfinite(most)))
         if bad.size:
@@ -73,16 +96,31 @@ def _watch(
                 f"{least[bad[0]]} to {most[bad[0]]}); check the model and that batch"
             )
         low, high = np.minimum(low, least), np.maximum(high, most)
+        size = len(next(iter(feed.values())))
+        samples += size
+        sums = [
+            total + size * mean.astype(np.float64)
+            for total, mean in zip(sums, given[2 * len(names) :], strict=True)
+        ]
     if not batches:
         raise CalibrationError("calibration data holds no batch; no range can be collected")
-    return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
+    return Seen(
+        {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)},
+        {name: total / samples for name, total in zip(averaged, sums, strict=True)},
+    )
 
 
-def _augment(path: Path, target: Path, tensors: Collection[str] | None) -> list[str]:
-    """Write the file at ``path`` with two scalar outputs per tensor of interest; returns these."""
+def _augment(
+    path: Path, target: Path, tensors: Collection[str] | None, means: Mapping[str, int]
+) -> list[str]:
+    """Write the file at ``path`` with the reductions as outputs; returns the tensors with ranges.
+
+    Every tensor with means has a range too: a NaN is found there.
+    """
     onnx = _deps.require("onnx", purpose="collect activation ranges")
     proto = onnx_file.load(path)
-    names = _tensors(onnx, proto) if tensors is None else list(dict.fromkeys(tensors))
+    names = _tensors(onnx, proto) if tensors is None else list(tensors)
+    names = list(dict.fromkeys([*names, *means]))
     del proto.graph.output[:]
     for name in names:
         for prefix, operator in ((_MIN, "ReduceMin"), (_MAX, "ReduceMax")):
@@ -92,9 +130,31 @@ def _augment(path: Path, target: Path, tensors: Collection[str] | None) -> list[
             proto.graph.output.append(
                 onnx.helper.make_tensor_value_info(prefix + name, onnx.TensorProto.FLOAT, [])
             )
+    opset = max(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    for name, ndim in means.items():
+        _add_mean(onnx, proto.graph, opset, name, ndim)
     # Weights in a file of their own are mapped into memory, not copied.
     onnx_file.write(proto, target, _INLINE_BYTES)
     return names
+
+
+def _add_mean(onnx: Any, graph: Any, opset: int, name: str, ndim: int) -> None:
+    """A mean over all axes but the channels, as an output."""
+    source, axes = name, [0, *range(2, ndim)]
+    if not ndim:
+        source, axes = f"{_MEAN}rows.{name}", [0]
+        graph.node.append(onnx.helper.make_node("Flatten", [name], [source], axis=-1))
+    inputs, attributes = [source], {"axes": axes}
+    if opset >= 18:  # where axes became an input
+        held = onnx.numpy_helper.from_array(np.array(axes, np.int64), f"{_MEAN}axes.{name}")
+        graph.initializer.append(held)
+        inputs, attributes = [source, held.name], {}
+    graph.node.append(
+        onnx.helper.make_node("ReduceMean", inputs, [_MEAN + name], keepdims=0, **attributes)
+    )
+    graph.output.append(
+        onnx.helper.make_tensor_value_info(_MEAN + name, onnx.TensorProto.FLOAT, [None])
+    )
 
 
 def _tensors(onnx: Any, proto: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Ranges of the inputs of a PyTorch module's layers, collected by ModelOpt while it runs.
+"""Ranges and means of the inputs of a PyTorch module's layers, collected by ModelOpt while it runs.
 
 ModelOpt turns layers into quantised ones in place. That is done to a copy which shares every
 tensor with the module, so the module stays as it is and memory hardly grows. Each quantizer is
@@ -45,10 +45,12 @@ class LayerRange:
 
     Attributes:
         amax: largest magnitude to hold; 0 where the format needs none.
+        mean: of each input channel, float64 (inputs,).
         smooth: factor of each input channel, float32 (inputs,); None but for SmoothQuant.
     """
 
     amax: float
+    mean: np.ndarray
     smooth: np.ndarray | None = None
 
 
@@ -64,7 +66,7 @@ def collect(
     batches: Iterable[np.ndarray],
     method: CalibrationMethod,
 ) -> dict[str, LayerRange]:
-    """Run ``module`` over the data and return the range of each wanted layer's input.
+    """Run ``module`` over the data and return what each wanted layer's input held.
 
     Args:
         module: as it was exported; unchanged afterwards.
@@ -75,7 +77,7 @@ def collect(
     Raises:
         QuantizationError: the module cannot be copied, ModelOpt failed, or it did not switch on
             exactly the quantizers that were asked for.
-        CalibrationError: a range is NaN or infinite.
+        CalibrationError: an input became NaN or infinite.
         MissingDependencyError: nvidia-modelopt is absent.
     """
     torch = _deps.require("torch", purpose="quantise a module")
@@ -179,23 +181,56 @@ def _run(
     calibration = _deps.require(
         "modelopt", purpose="quantise a module", submodule="torch.quantization.model_calib"
     )
-    found = {}
+    means = {path: _Mean(twin.get_submodule(path)) for path in wanted}
     if method == "smoothquant":
         calibration.smoothquant(twin, forward, alpha=ALPHA)
     else:
         calibration.enable_stats_collection(twin)
         forward(twin)
+    found = {}
     for path, precision in wanted.items():
+        mean = means[path].value()
+        if mean is None:
+            raise QuantizationError(
+                f"layer {path!r} was not called while the module ran: it has no range"
+            )
+        if not np.isfinite(mean).all():
+            raise CalibrationError(f"the input of layer {path!r} became NaN or infinite")
         quantizer = twin.get_submodule(path).input_quantizer
-        found[path] = _range_of(torch, path, precision, quantizer, method)
+        largest, smooth = _range_of(torch, path, precision, quantizer, method)
+        found[path] = LayerRange(largest, mean, smooth)
     return found
+
+
+class _Mean:
+    """Watches the input of a layer of the twin, which nobody else holds."""
+
+    def __init__(self, layer: Any) -> None:
+        self._sum: Any = 0.0
+        self._rows = 0
+        self._axis = -1 if getattr(layer, "kernel_size", None) is None else 1
+        layer.register_forward_pre_hook(self._see)
+
+    def _see(self, _layer: Any, inputs: tuple[Any, ...]) -> None:
+        rows = inputs[0].detach().movedim(self._axis, -1).flatten(0, -2).float()
+        # The sum of a batch's mean: float32 would lose small values in long sums.
+        self._sum = self._sum + rows.mean(0).double() * len(rows)
+        self._rows += len(rows)
+
+    def value(self) -> np.ndarray | None:
+        """float64 (inputs,); None where the layer never ran."""
+        if not self._rows:
+            return None
+        mean: np.ndarray = (self._sum / self._rows).cpu().numpy()
+        return mean
 
 
 def _range_of(
     torch: Any, path: str, precision: str, quantizer: Any, method: CalibrationMethod
-) -> LayerRange:
+) -> tuple[float, np.ndarray | None]:
+    """Largest magnitude, and the factors of SmoothQuant."""
     if precision == "mxfp8":
-        return LayerRange(0.0)
+        return 0.0, None
     smooth = None
     if method == "smoothquant":
         amax = quantizer.amax
@@ -205,11 +240,7 @@ def _range_of(
         amax = quantizer._calibrator.compute_amax("entropy", stride=STRIDE)
     else:
         amax = quantizer._calibrator.compute_amax()
-    if amax is None:
-        raise QuantizationError(
-            f"layer {path!r} was not called while the module ran: it has no range"
-        )
     largest = float(torch.as_tensor(amax).max())
     if not np.isfinite(largest):
         raise CalibrationError(f"the input of layer {path!r} became NaN or infinite")
-    return LayerRange(largest, smooth)
+    return largest, smooth

@@ -54,8 +54,37 @@ def test_layers_with_any_name_get_their_range():
     found = torch_ranges.collect(module, wanted, given, "max")
     x = np.concatenate(given)
     assert found["vision_tower"].amax == pytest.approx(np.abs(x).max())
-    inner = module.vision_tower(torch.from_numpy(x)).relu()
-    assert found["lm_head"].amax == pytest.approx(float(inner.detach().max()))
+    inner = module.vision_tower(torch.from_numpy(x)).relu().detach().numpy()
+    assert found["lm_head"].amax == pytest.approx(inner.max())
+    np.testing.assert_allclose(found["lm_head"].mean, inner.mean(0), rtol=1e-5)
+
+
+def test_means_are_those_of_each_channel_whatever_the_layer_and_batch():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 32, 3), nn.Linear(6, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.conv(x))
+
+    module, rng = Both(), np.random.default_rng(3)
+    x = rng.random((5, 3, 8, 8), dtype=np.float32) + np.float32([1, 10, -5])[:, None, None]
+    given = [x[:4], x[4:]]
+    found = torch_ranges.collect(module, dict.fromkeys(("conv", "linear"), "fp8"), given, "max")
+    np.testing.assert_allclose(found["conv"].mean, x.mean((0, 2, 3)), rtol=1e-5)
+    with torch.no_grad():
+        inner = module.conv(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(found["linear"].mean, inner.mean((0, 1, 2)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["max", "smoothquant"])
+def test_smoothed_layers_have_their_means_unsmoothed(method):
+    given = batches()
+    given[0][0, 5] = 40.0
+    found = torch_ranges.collect(Tower(), {"vision_tower": "int8"}, given, method)
+    wanted = np.concatenate(given).mean(0)
+    np.testing.assert_allclose(found["vision_tower"].mean, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_usual_configuration_would_have_left_a_layer_out():
@@ -178,7 +207,8 @@ def test_the_file_computes_what_modelopt_simulates(precision, tolerance, monkeyp
     mtq = torch_ranges._modelopt()
     monkeypatch.setattr(mtq.tensor_quant, "dynamic_block_quantize_op", fake_block_quantize)
     module = tiny_modules.transformer()
-    options = QuantizeOptions(precision=precision, method="max")
+    # ModelOpt leaves biases as they are.
+    options = QuantizeOptions(precision=precision, method="max", bias_correction=False)
     model = quantize(exported("transformer"), data(), options, tmp_path / "q.onnx", module=module)
     lower = tmp_path / "cpu.onnx"
     lower_for_cpu(model.path, lower)
