@@ -137,7 +137,7 @@ def test_more_or_other_batches_of_the_same_data_change_no_range(tmp_path):
         path = tmp_path / f"{size}.onnx"
         path.write_bytes(exported("residual_net").path.read_bytes())
         feeds = ({"pixel_values": batch} for batch in data(32, size))
-        found.append(ranges.collect(path, feeds))
+        found.append(ranges.collect(path, feeds).ranges)
     assert found[0].keys() == found[1].keys()
     for name, pair in found[0].items():
         assert pair == pytest.approx(found[1][name], abs=1e-5)
