@@ -253,17 +253,32 @@ def choose_together(
             f"count takes {least}" + (f", for {len(curves)} stages" if len(curves) > 1 else "")
         )
     return [
-        BucketPlan(
-            buckets,
-            expected_seconds(buckets, curve, weight),
-            expected_waste(buckets, weight),
-            _memory(buckets, curve),
-            curve,
-            tuple(weight.tolist()),
-            options,
-        )
+        plan_of(buckets, curve, weight, options)
         for buckets, curve, weight in zip(together[0], curves, weights, strict=True)
     ]
+
+
+def plan_of(
+    buckets: tuple[int, ...],
+    curve: LatencyCurve,
+    probabilities: ArrayLike,
+    options: BucketOptions,
+) -> BucketPlan:
+    """Given buckets as a plan, with what they are expected to cost.
+
+    Raises:
+        InputError: a count fits no bucket, or a bucket was not measured.
+    """
+    weights = _checked(probabilities)
+    return BucketPlan(
+        buckets,
+        expected_seconds(buckets, curve, weights),
+        expected_waste(buckets, weights),
+        _memory(buckets, curve),
+        curve,
+        tuple(weights.tolist()),
+        options,
+    )
 
 
 def _choices(curve: LatencyCurve, weights: Floats, max_buckets: int, limit: float) -> list[_Choice]:

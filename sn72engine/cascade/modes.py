@@ -68,8 +68,8 @@ class GraphOptions(Options):
         memory_bytes: most device memory that the graphs which ``measured`` chooses may take, all
             stages and lanes together, as measured; None for no limit.
         shares: of the samples that escalate from the first stage, the second, and so on, as
-            ``measured`` expects them; the last one holds for later stages. A cascade's report has
-            them as ``escalated`` of ``asked``.
+            ``measured`` expects them; the last one holds for later stages. A parallel group counts
+            as one stage. A cascade's report has them as ``escalated`` of ``asked``.
     """
 
     lanes: int = 2

@@ -4,6 +4,9 @@ Each stage is captured for trial at every size that may become a bucket, and the
 in turns. What is timed is the replay, because that is what a cascade will run: an eager call of a
 small batch takes as long as the host needs to launch its kernels, whatever its size. The trial is
 over before the lanes are made, so that its memory is free again.
+
+The stages of a parallel group run in the same buckets. These are chosen for all of them together,
+with the sum of their times: what a busy GPU needs for them, side by side or not.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from sn72engine.cascade.buckets import (
     choose_together,
     escalated,
     measure_curve,
+    plan_of,
 )
 from sn72engine.cascade.lane import CapturedStage
+from sn72engine.cascade.spec import parallel_groups
 from sn72engine.cuda.api import Driver
 from sn72engine.graphs import Capturer, GraphStore
 from sn72engine.latency import Call
@@ -49,8 +54,12 @@ def measured_plans(
         driver, capturer: of the GPU.
         stages: with their candidates as buckets; the last holds a full batch.
         lanes: how many will capture them; the memory of a plan is that of all.
-        shares: of the samples that escalate from each stage; the last one holds for later stages.
+        shares: of the samples that escalate from each stage or parallel group; the last one holds
+            for later ones.
         options: limits.
+
+    Returns:
+        A plan for each stage; those of a parallel group have the same buckets.
 
     Raises:
         CudaUnavailableError: a stage cannot be captured, or there is not enough memory for one
@@ -61,8 +70,16 @@ def measured_plans(
         _curve(driver, capturer, stage, lanes)
         for stage in track(stages, "measuring buckets", total=len(stages), unit="stage")
     ]
-    counts = expected_counts(stages[0].buckets[-1], len(stages), shares)
-    return choose_together(curves, counts, options)
+    groups = parallel_groups([stage.spec for stage in stages])
+    counts = expected_counts(stages[0].buckets[-1], len(groups), shares)
+    chosen = choose_together(
+        [_together([curves[at] for at in group]) for group in groups], counts, options
+    )
+    return [
+        plan_of(plan.buckets, curves[at], count, options)
+        for group, plan, count in zip(groups, chosen, counts, strict=True)
+        for at in group
+    ]
 
 
 def with_plans(stages: Sequence[CapturedStage], plans: Sequence[BucketPlan]) -> list[CapturedStage]:
@@ -73,17 +90,28 @@ def with_plans(stages: Sequence[CapturedStage], plans: Sequence[BucketPlan]) -> 
     ]
 
 
-def expected_counts(capacity: int, stages: int, shares: Sequence[float]) -> list[Floats]:
-    """Probability of each number of samples, 0 to ``capacity``, at each stage."""
+def expected_counts(capacity: int, groups: int, shares: Sequence[float]) -> list[Floats]:
+    """Probability of each number of samples, 0 to ``capacity``, at each stage or group."""
     counts = np.full(capacity + 1, 1.0 / capacity)
     counts[0] = 0.0
     found = [counts]
-    for at in range(stages - 1):
+    for at in range(groups - 1):
         counts = escalated(counts, shares[min(at, len(shares) - 1)])
         # A full batch must fit, however unlikely it is.
         counts[-1] = max(counts[-1], np.finfo(np.float64).tiny)
         found.append(counts)
     return found
+
+
+def _together(curves: Sequence[LatencyCurve]) -> LatencyCurve:
+    """One after the other, at the sizes that all of them have."""
+    rows = [dict(zip(c.batches, zip(c.seconds, c.bytes, strict=True), strict=True)) for c in curves]
+    common = sorted(set.intersection(*map(set, rows)))
+    return LatencyCurve(
+        tuple(common),
+        tuple(sum(row[batch][0] for row in rows) for batch in common),
+        tuple(sum(row[batch][1] for row in rows) for batch in common),
+    )
 
 
 def _curve(driver: Driver, capturer: Capturer, stage: CapturedStage, lanes: int) -> LatencyCurve:

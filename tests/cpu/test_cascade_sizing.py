@@ -92,9 +92,21 @@ class Gpu:
         self.capturer = SimulatedCapturer(self.cuda)
         self.clock = clock
 
-    def make(self, *seconds: Seconds, least: int = 1, mode: Any = "host", **options: Any) -> Any:
+    def make(
+        self,
+        *seconds: Seconds,
+        least: int = 1,
+        mode: Any = "host",
+        side_by_side: tuple[int, ...] = (),
+        **options: Any,
+    ) -> Any:
         stages = [TimedStage(self, one, least) for one in seconds]
-        names = tuple(StageSpec(f"s{at}") for at in range(len(stages)))
+        names = tuple(
+            StageSpec(f"s{at}", group="group", combine="weighted")
+            if at in side_by_side
+            else StageSpec(f"s{at}")
+            for at in range(len(stages))
+        )
         spec = CascadeSpec(names, max_batch=CAPACITY)
         graphs = GraphOptions(lanes=LANES, buckets="measured", **options)
         opened = self.cuda, self.capturer
@@ -187,6 +199,35 @@ def test_a_stage_with_a_smallest_batch(gpu: Gpu) -> None:
     plan = report().plans["s0"]
     assert plan.curve.batches == (6, 8, 16, 24, 32)
     assert plan.buckets == plan.curve.batches
+    executor.close(0.0)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("units", "buckets"), [(10, (4, 16, CAPACITY)), (8, (16, CAPACITY))])
+def test_stages_side_by_side_get_the_same_buckets(
+    gpu: Gpu, units: int, buckets: tuple[int, ...]
+) -> None:
+    """By the sum of their times, for the samples that reach the group, within one limit."""
+    executor, report = gpu.make(
+        by_row,
+        step_at(4),
+        step_at(16),
+        by_row,
+        side_by_side=(1, 2),
+        shares=(1.0, 0.0),  # all of them reach the group, none the last stage
+        max_buckets=3,
+        memory_bytes=units * LANES * CAPTURE,
+    )
+    first, left, right, last = report().plans.values()
+    assert left.buckets == right.buckets == buckets
+    assert [len(first.buckets), len(last.buckets)] == [3, 1]
+    assert left.probabilities == right.probabilities == first.probabilities
+    np.testing.assert_allclose(left.curve.seconds, [step_at(4)(b) for b in left.curve.batches])
+    np.testing.assert_allclose(right.curve.seconds, [step_at(16)(b) for b in left.curve.batches])
+    for stage in ("s1", "s2"):
+        assert {rows for name, rows in report().bytes if name == stage} == set(buckets)
+    assert sum(report().bytes.values()) == units * LANES * CAPTURE
+    assert sum(plan.bytes for plan in report().plans.values()) == units * LANES * CAPTURE
     executor.close(0.0)
 
 
