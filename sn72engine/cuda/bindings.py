@@ -223,7 +223,10 @@ class CudaDriver:
         node.conditional.size = bodies
         node.conditional.ctx = self._context
         before = [cuda.CUgraphNode(one) for one in after]
-        added = self._one("cuGraphAddNode", cuda.CUgraph(graph), before, None, len(before), node)
+        # Bindings of CUDA 12 have this function under a name of its own, and leave no edge out.
+        edges = [cuda.CUgraphEdgeData() for _ in after]
+        name = "cuGraphAddNode_v2" if hasattr(cuda, "cuGraphAddNode_v2") else "cuGraphAddNode"
+        added = self._one(name, cuda.CUgraph(graph), before, edges, len(before), node)
         # Only now: reading them from a node that has not been added crashes the process.
         graphs = tuple(int(body) for body in node.conditional.phGraph_out[:bodies])
         return added, graphs

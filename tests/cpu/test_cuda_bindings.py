@@ -95,10 +95,10 @@ int cuGraphAddChildGraphNode(P* n, P g, const P* deps, std::size_t count, P chil
   say("child %lx after %zu %lx: %lx", g, count, count ? deps[0] : 0, child);
   return give(n);
 }
-int cuGraphAddNode_v2(P* n, P g, const P* deps, const void* data, std::size_t count, Node* node) {
+int cuGraphAddNode_v2(P* n, P g, const P* deps, const U* edges, std::size_t count, Node* node) {
   Conditional& c = node->conditional;
-  say("node %lx after %zu %lx data %d: type %d handle %llx kind %d size %u ctx %lx", g, count,
-      count ? deps[0] : 0, data != nullptr, node->type, c.handle, c.type, c.size, c.ctx);
+  say("node %lx after %zu %lx edge %llx: type %d handle %llx kind %d size %u ctx %lx", g, count,
+      count ? deps[0] : 0, count ? edges[0] : 0, node->type, c.handle, c.type, c.size, c.ctx);
   static P bodies[8];
   for (unsigned b = 0; b < c.size; ++b) give(&bodies[b]);
   c.out = bodies;
@@ -161,6 +161,7 @@ kernel = driver.add_kernel(graph, [], layout.begin(args))
 copied = driver.add_copy(graph, [kernel], memory, pinned, 77)
 ran = driver.add_child(graph, [copied], child)
 node, bodies = driver.add_switch(graph, [ran], condition, 3)
+driver.add_switch(graph, [], condition, 2)
 assert len(set(bodies)) == 3 and node not in bodies
 single, body = driver.add_if(graph, [node], condition)
 assert driver.nodes(graph) == [
@@ -228,9 +229,10 @@ def test_every_call_arrives_as_meant(tmp_path: Path) -> None:
         f"memcpy {n['graph']} after 1 {n['kernel']}: {n['pinned']} type 4 to {n['memory']} type 4, "
         "77 x 1 x 1 pitch 77 ctx c0",
         f"child {n['graph']} after 1 {n['copied']}: {n['child']}",
-        f"node {n['graph']} after 1 {n['ran']} data 0: type 13 handle {n['condition']} kind 2 "
+        f"node {n['graph']} after 1 {n['ran']} edge 0: type 13 handle {n['condition']} kind 2 "
         "size 3 ctx c0",
-        f"node {n['graph']} after 1 {n['node']} data 0: type 13 handle {n['condition']} kind 0 "
+        f"node {n['graph']} after 0 0 edge 0: type 13 handle {n['condition']} kind 2 size 2 ctx c0",
+        f"node {n['graph']} after 1 {n['node']} edge 0: type 13 handle {n['condition']} kind 0 "
         "size 1 ctx c0",
         f"executable {n['graph']} 0",
         f"upload {n['executable']} {n['stream']}",
