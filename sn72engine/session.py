@@ -210,6 +210,16 @@ class Session(Closing):
             runner = self._open_runner()
             return runner.device_memory() if isinstance(runner, OnDevice) else None
 
+    @property
+    def bindable(self) -> bool:
+        """Whether engines of this backend can be bound, see :meth:`bind`.
+
+        Raises:
+            SessionError: the session is closed.
+        """
+        with self._lock:
+            return isinstance(self._open_runner(), Bindable)
+
     def bind(self, inputs: Mapping[str, Any]) -> Bound:
         """Bind the engine to tensors that stay where they are, to capture it in a CUDA graph.
 

@@ -156,6 +156,7 @@ class GraphExecutor:
                 launches.close()
                 lane.close()
             self._release()
+            self._loaders.clear()  # they hold what the stages have captured with
         idle = lanes is not None
         rest = self._cpu.close(patience)
         return tuple(free and (idle or at >= self._captured) for at, free in enumerate(rest))

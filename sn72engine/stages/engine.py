@@ -12,7 +12,7 @@ from sn72engine.preprocessing import required_size
 from sn72engine.session import Session
 from sn72engine.stages.base import Image, StageScores
 from sn72engine.stages.scoring import Score, to_scores
-from sn72engine.stages.tensor_offer import TensorOffer
+from sn72engine.stages.tensor_offer import Bind, TensorOffer
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,6 @@ class EngineStage:
                 "export the model without the others"
             )
         self._session = session
-        self._lanes: dict[int, Session] = {}
         self._score: Score = score
         self._positive = positive
         self.needs = required_size(session.preprocess)
@@ -75,7 +74,7 @@ class EngineStage:
         """The engine's work on that GPU, in a session of its own for each lane.
 
         Raises:
-            CudaUnavailableError: the engine does not run there.
+            CudaUnavailableError: the engine does not run there, or cannot be captured.
         """
         session = self._session
         preprocess, index = session.preprocess, session.options.device_index
@@ -83,8 +82,10 @@ class EngineStage:
         if self.target == "cpu" or index != device:
             where = "the CPU" if self.target == "cpu" else f"cuda:{index}"
             raise CudaUnavailableError(f"its engine runs on {where}, not on cuda:{device}")
+        if not session.bindable:
+            raise CudaUnavailableError(f"engines of {session.manifest.backend} cannot be captured")
         return TensorOffer(
-            self._bind,
+            _binder(session),
             preprocess,
             self._score,
             positive=self._positive,
@@ -93,22 +94,26 @@ class EngineStage:
         )
 
     def close(self) -> None:
-        """Close the session and those of the lanes."""
-        for lane in self._lanes.values():
-            lane.close()
-        self._lanes.clear()
+        """Close the session."""
         self._session.close()
 
-    def _bind(self, rows: torch.Tensor, lane: int) -> Callable[[], torch.Tensor]:
-        # Bindings of one session share scratch memory; those of two lanes must not.
-        session = self._lanes.get(lane)
-        if session is None:
-            session = self._lanes[lane] = self._session.clone()
-        bound = session.bind({session.inputs[0].name: rows})
+
+def _binder(session: Session) -> Bind:
+    """Binds an engine in a clone of its session for each lane, which lives as what it has bound."""
+    # Bindings of one session share scratch memory; those of two lanes must not.
+    lanes: dict[int, Session] = {}
+
+    def bind(rows: torch.Tensor, lane: int) -> Callable[[], torch.Tensor]:
+        if lane not in lanes:
+            lanes[lane] = session.clone()
+        own = lanes[lane]
+        bound = own.bind({own.inputs[0].name: rows})
 
         def call() -> torch.Tensor:
             bound()
-            output: torch.Tensor = bound.outputs[session.outputs[0].name]
+            output: torch.Tensor = bound.outputs[own.outputs[0].name]
             return output
 
         return call
+
+    return bind

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import gc
 import itertools
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,6 +290,29 @@ def test_a_capture_that_fails_releases_what_was_made(gpu: Gpu) -> None:
     assert not gpu.cuda._streams
 
 
+@needs_compiler
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_a_closed_executor_holds_no_work_of_the_stages(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    """It may be kept for its report, and its stages' contexts must not be kept with it."""
+    offers: list[weakref.ref[Any]] = []
+    offer_capture = Offering.offer_capture
+
+    def noted(self: Offering, device: int) -> ColumnOffer:
+        offer = offer_capture(self, device)
+        offers.append(weakref.ref(offer))
+        return offer
+
+    monkeypatch.setattr(Offering, "offer_capture", noted)
+    executor, report = gpu.make([Offering(gpu.cuda), Offering(gpu.cuda)], mode)
+    assert all(offer() is not None for offer in offers)
+    assert executor.close(0.0) == (True, True)
+    gc.collect()
+    assert [offer() for offer in offers] == [None, None]
+    assert report().captured == ("s0", "s1")
+
+
 class Exhausted(Offering):
     """A stage whose library runs out of memory, in its own words."""
 
@@ -486,12 +511,16 @@ def test_a_module_on_the_cpu_offers_nothing() -> None:
 class Sessions:
     """Stands for an open TensorRT engine, which needs a GPU: what a stage asks of its session."""
 
+    bindable = True
+
     def __init__(self, made: list[Sessions] | None = None, target: str = "sm_90") -> None:
         tensor = SimpleNamespace(name="x"), SimpleNamespace(name="y")
         self.inputs, self.outputs = tensor[:1], tensor[1:]
         self.preprocess = Preprocess(height=4, width=4, mean=(0.0,) * 3, std=(1.0,) * 3)
         self.options = RuntimeOptions()
-        self.manifest = SimpleNamespace(batch=ShapeRange(2, 4, 16), target=target)
+        self.manifest = SimpleNamespace(
+            batch=ShapeRange(2, 4, 16), target=target, backend="tensorrt"
+        )
         self.made = [] if made is None else made
         self.made.append(self)
         self.closed = False
@@ -534,8 +563,23 @@ def test_an_engine_has_a_session_per_lane() -> None:
     assert (output.kind, output.stride, output.from_logits, output.label) == ("f32", 1, True, None)
     scores = (ctypes.c_float * 4).from_address(output.address)
     assert list(scores) == [2.0] * 4
+    lanes = [weakref.ref(one) for one in session.made[1:]]
+    del session.made[1:]
+    assert all(lane() is not None for lane in lanes)
+    del offer, bounds, bound  # a cascade that is not captured after all keeps nothing
+    gc.collect()
+    assert all(lane() is None for lane in lanes)
+    assert not session.closed
     stage.close()
-    assert all(one.closed for one in session.made)
+    assert session.closed
+
+
+def test_an_engine_of_a_backend_that_cannot_be_captured_offers_nothing() -> None:
+    session = Sessions()
+    session.bindable, session.manifest.backend = False, "onnxruntime"
+    stage = EngineStage(session, "sigmoid")  # type: ignore[arg-type]
+    with pytest.raises(CudaUnavailableError, match="engines of onnxruntime cannot be captured"):
+        stage.offer_capture(0)
 
 
 def test_an_engine_that_does_not_run_there_offers_nothing() -> None:
