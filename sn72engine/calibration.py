@@ -143,8 +143,8 @@ def batches(
     if len(samples) < max(options.minimum, 1):
         found = f"only {len(samples)} samples" if len(samples) else "no samples"
         raise CalibrationError(
-            f"{name}: {found}, but calibration needs at least {options.minimum}: give it more "
-            "images like those the model will see (CalibrationOptions.minimum, .limit)"
+            f"{name}: {found}, where at least {options.minimum} must be: give more images like "
+            "those the model will see (CalibrationOptions.minimum, .limit)"
         )
     return CalibrationData(samples, options.batch_size, progress=progress)
 

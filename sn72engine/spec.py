@@ -516,8 +516,10 @@ class BuildOptions(Options):
                 f"{self.backend!r} and {self.resolved_target!r}"
             )
         if self.backend not in TENSORRT_BACKENDS and self.tensorrt != TensorRTOptions():
+            usual = TensorRTOptions().to_dict()
+            asked = [f"{k}={v!r}" for k, v in self.tensorrt.to_dict().items() if v != usual[k]]
             raise OptionError(
-                f"tensorrt={self.tensorrt} is for backend='tensorrt' or 'tensorrt_rtx', not "
+                f"tensorrt.{', '.join(asked)} is for backend='tensorrt' or 'tensorrt_rtx', not "
                 f"{self.backend!r}"
             )
 

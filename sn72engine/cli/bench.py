@@ -19,9 +19,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     defaults = BenchOptions()
     parser.add_argument("engine", help="engine folder, or the start of its key")
-    parser.add_argument("--batch", type=int, default=defaults.batch)
-    parser.add_argument("--warmup", type=int, default=defaults.warmup)
-    parser.add_argument("--repeats", type=int, default=defaults.repeats)
+    parser.add_argument(
+        "--batch", type=int, default=defaults.batch, help="samples per call; default %(default)s"
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=defaults.warmup, help="calls not timed; default %(default)s"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=defaults.repeats, help="calls timed; default %(default)s"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--histogram", type=Path, metavar="PNG", help="write a latency histogram")
 

@@ -53,7 +53,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", default="", help="cpu, cuda, or sm_89 and the like; sm_86,sm_89 for both"
     )
-    parser.add_argument("--precision", choices=get_args(Precision), default="fp32")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="fp32",
+        help="of a float model; a Q/DQ file says its own; default %(default)s",
+    )
     parser.add_argument(
         "--batch", type=batch_range, metavar="MIN:OPT:MAX", help="1:8:32, the default"
     )

@@ -18,7 +18,11 @@ EXAMPLES = """\
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("action", choices=("list", "check", "evict", "remove", "path"))
+    parser.add_argument(
+        "action",
+        choices=("list", "check", "evict", "remove", "path"),
+        help="check hashes every file; evict keeps to the size limit; path is the folder",
+    )
     parser.add_argument("key", nargs="?", help="for remove: the start of an engine's key")
 
 

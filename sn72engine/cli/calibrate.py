@@ -33,9 +33,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="labelled images: a CSV with file and label columns, or a folder per class",
     )
     parser.add_argument("--split", help="rows of the CSV with this value in the split column")
-    parser.add_argument("--objective", choices=("accuracy", "mcc", "reward"), default="accuracy")
+    parser.add_argument(
+        "--objective",
+        choices=("accuracy", "mcc", "reward"),
+        default="accuracy",
+        help="what must be kept; reward is the subnet's formula; default %(default)s",
+    )
     parser.add_argument("--target", type=float, help="value to reach; default: the best stage's")
-    parser.add_argument("--confidence", type=float, default=0.95)
+    parser.add_argument(
+        "--confidence", type=float, default=0.95, help="of the certificate; default %(default)s"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("-o", "--output", type=Path, help="cascade YAML to write")
     parser.add_argument("--pareto", type=Path, metavar="PNG", help="write the Pareto curve")

@@ -20,13 +20,28 @@ EXAMPLES = """\
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     defaults = DemoOptions()
-    parser.add_argument("-o", "--output", type=Path, default=defaults.folder, metavar="FOLDER")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=defaults.folder,
+        metavar="FOLDER",
+        help="what to write to; default %(default)s",
+    )
     parser.add_argument(
         "--data", type=Path, help="CSV with file and label (ImageNet class index) columns"
     )
-    parser.add_argument("--target", default=defaults.target, help="GPU engines for; '' for none")
-    parser.add_argument("--threads", type=int, default=defaults.threads)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument(
+        "--target",
+        default=defaults.target,
+        help="card to build GPU engines for, '' for none; default %(default)s",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=defaults.threads, help="CPU threads; default %(default)s"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=defaults.seed, help="of crops and splits; default %(default)s"
+    )
 
 
 def execute(options: argparse.Namespace) -> Outcome:

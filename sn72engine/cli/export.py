@@ -46,9 +46,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=preprocess_argument,
         help="how images become the input: a JSON/YAML file or key=value,...; kept in the file",
     )
-    parser.add_argument("--opset", type=int, default=ExportOptions().opset)
-    parser.add_argument("--input-name", action="append", help="default: pixel_values")
-    parser.add_argument("--output-name", action="append", help="default: logits")
+    parser.add_argument(
+        "--opset",
+        type=int,
+        default=ExportOptions().opset,
+        help="version of ONNX's operators; default %(default)s",
+    )
+    parser.add_argument("--input-name", action="append", help="of each input; default pixel_values")
+    parser.add_argument("--output-name", action="append", help="of each output; default logits")
     parser.add_argument("--half", action="store_true", help="export in float16")
 
 

@@ -1,17 +1,40 @@
-"""Images that engines are judged on, with their labels where they are asked for."""
+"""What engines are judged on: images, with their labels where they are asked for, and bounds."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sn72engine.errors import OptionError
-from sn72engine.spec import CalibrationOptions, Preprocess
+from sn72engine.spec import CalibrationOptions, Preprocess, VerifyOptions
 
 if TYPE_CHECKING:
     import numpy as np
 
     from sn72engine.calibration import CalibrationData
+
+
+def bound_arguments(parser: argparse.ArgumentParser, defaults: VerifyOptions) -> None:
+    """Declare the bounds on accuracy."""
+    parser.add_argument(
+        "--min-cosine",
+        type=float,
+        default=defaults.min_cosine,
+        help="mean cosine similarity of the outputs; default %(default)s",
+    )
+    parser.add_argument(
+        "--min-agreement",
+        type=float,
+        default=defaults.min_agreement,
+        help="share of samples with the same answer; default %(default)s",
+    )
+    parser.add_argument(
+        "--max-top1-drop",
+        type=float,
+        default=defaults.max_top1_drop,
+        help="with --labels, percentage points of accuracy; default %(default)s",
+    )
 
 
 def judging_data(

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from sn72engine.cli.judging import judging_data
+from sn72engine.cli.judging import bound_arguments, judging_data
 from sn72engine.cli.outcome import Outcome, megabytes, preprocess_argument, table
 from sn72engine.mixing.cost import CARDS
 from sn72engine.mixing.options import Minimise, MixOptions
@@ -22,7 +22,7 @@ EXAMPLES = """\
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    defaults, bound = MixOptions(), MixOptions().verify
+    defaults = MixOptions()
     parser.add_argument("model", type=Path, help="float ONNX file")
     parser.add_argument("-o", "--output", type=Path, required=True, help="ONNX file to write")
     parser.add_argument(
@@ -44,17 +44,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(QuantizedPrecision),
         help="format that a layer may get; default: all that the card computes in",
     )
-    parser.add_argument("--minimise", choices=get_args(Minimise), default=defaults.minimise)
     parser.add_argument(
-        "--card", choices=tuple(CARDS), default=defaults.card, help="whose latency is modelled"
+        "--minimise",
+        choices=get_args(Minimise),
+        default=defaults.minimise,
+        help="modelled latency on --card, or bytes of weights; default %(default)s",
     )
     parser.add_argument(
-        "--batch", type=int, default=defaults.batch, help="samples per call of that model"
+        "--card",
+        choices=tuple(CARDS),
+        default=defaults.card,
+        help="whose latency is modelled; default %(default)s",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=defaults.batch,
+        help="samples per call in that model; default %(default)s",
     )
     parser.add_argument("--limit", type=int, default=64, help="most images of each set; default 64")
-    parser.add_argument("--min-cosine", type=float, default=bound.min_cosine)
-    parser.add_argument("--min-agreement", type=float, default=bound.min_agreement)
-    parser.add_argument("--max-top1-drop", type=float, default=bound.max_top1_drop)
+    bound_arguments(parser, defaults.verify)
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="NODE", help="leave this node in float"
     )

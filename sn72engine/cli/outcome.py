@@ -61,7 +61,7 @@ def preprocess_argument(text: str) -> Preprocess:
             key, _, value = pair.partition("=")
             triple = value.split("/")
             values[key] = [scalar(v) for v in triple] if len(triple) > 1 else scalar(value)
-        return Preprocess.from_dict(values, where="--preprocess")
+        return Preprocess.from_dict(values)
     except (OptionError, OSError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

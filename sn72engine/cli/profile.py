@@ -61,8 +61,10 @@ def _cascade(options: argparse.Namespace, runtime: RuntimeOptions) -> Outcome:
     from sn72engine.cli.run import find_images
     from sn72engine.trace import TraceRecorder
 
-    if not options.data or options.plot:
-        raise OptionError("a cascade is profiled on images, --data, and draws no --plot of layers")
+    if not options.data:
+        raise OptionError("a cascade is profiled on images: name some with --data")
+    if options.plot:
+        raise OptionError("--plot draws the layers of an engine; a cascade has --trace")
     paths = find_images(options.data)
     recorder = TraceRecorder()
     spec = CascadeSpec.from_yaml(Path(options.subject))

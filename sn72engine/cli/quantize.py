@@ -37,7 +37,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="calibration images: a folder, a CSV with a file column, or an .npz",
     )
     parser.add_argument(
-        "--precision", choices=get_args(QuantizedPrecision), default=QuantizeOptions().precision
+        "--precision",
+        choices=get_args(QuantizedPrecision),
+        default=QuantizeOptions().precision,
+        help="of the layers that no --override names; default %(default)s",
     )
     parser.add_argument(
         "--method",
@@ -60,9 +63,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="precision, or float, of the nodes whose name or module matches",
     )
     parser.add_argument(
-        "--limit", type=int, default=CalibrationOptions().limit, help="most samples"
+        "--limit",
+        type=int,
+        default=CalibrationOptions().limit,
+        help="most samples; default %(default)s",
     )
-    parser.add_argument("--batch", type=int, default=CalibrationOptions().batch_size)
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=CalibrationOptions().batch_size,
+        help="samples per call while calibrating; default %(default)s",
+    )
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="NODE", help="leave this node in float"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sn72engine.cli.judging import judging_data
+from sn72engine.cli.judging import bound_arguments, judging_data
 from sn72engine.cli.outcome import Outcome, engine_folder
 from sn72engine.spec import CalibrationOptions, VerifyOptions
 
@@ -27,12 +27,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", help="rows of the CSV with this value in the split column")
     parser.add_argument("--limit", type=int, default=256, help="most images; default 256")
-    parser.add_argument("--min-cosine", type=float, default=defaults.min_cosine)
-    parser.add_argument("--min-agreement", type=float, default=defaults.min_agreement)
-    parser.add_argument("--max-top1-drop", type=float, default=defaults.max_top1_drop)
-    parser.add_argument("--min-speedup", type=float, default=defaults.min_speedup)
+    bound_arguments(parser, defaults)
+    parser.add_argument(
+        "--min-speedup",
+        type=float,
+        default=defaults.min_speedup,
+        help="throughput over the reference's; default %(default)s",
+    )
     parser.add_argument("--no-speed", action="store_true", help="compare accuracy only")
-    parser.add_argument("--batch", type=int, default=defaults.batch, help="of the timed runs")
+    parser.add_argument(
+        "--batch", type=int, default=defaults.batch, help="of the timed runs; default %(default)s"
+    )
 
 
 def execute(options: argparse.Namespace) -> Outcome:

@@ -506,7 +506,7 @@ def test_code_4_for_bad_input(
     quantize = ("quantize", workspace.model, "-o", tmp_path / "q.onnx", "--data")
     assert "absent" in refusal(capsys, 4, *quantize, tmp_path / "absent")
     (tmp_path / "broken.png").write_bytes(b"not a picture")
-    assert "needs at least" in refusal(capsys, 4, *quantize, tmp_path)
+    assert "at least 8 must be" in refusal(capsys, 4, *quantize, tmp_path)
     assert "no such" in refusal(capsys, 4, "build", tmp_path / "absent.onnx")
     assert "names no image" in refusal(capsys, 4, "run", workspace.whole, tmp_path / "*.jpg")
 
@@ -709,6 +709,18 @@ def test_help_has_examples_and_exit_codes(command: str, capsys: pytest.CaptureFi
     assert f"  sn72engine {command}" in printed
     for code in (0, 1, 2, 3, 4, 5, 6, 7, 130):
         assert f"\n    {code} " in printed
+
+
+def test_every_argument_has_a_help_text() -> None:
+    [commands] = [action for action in cli.parser()._actions if action.dest == "command"]
+    assert isinstance(commands.choices, dict)
+    silent = [
+        f"{name} {action.dest}"
+        for name, command in commands.choices.items()
+        for action in command._actions
+        if not action.help
+    ]
+    assert silent == []
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

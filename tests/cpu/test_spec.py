@@ -113,8 +113,11 @@ def test_a_nested_key_is_named_with_its_path() -> None:
             {**RTX, "profiles": (ShapeRange(), ShapeRange())},
             "must begin at 33 or before, and end after",
         ),
-        (BuildOptions, {"provider": "tensorrt"}, "needs backend='onnxruntime' and target='cuda'"),
-        (BuildOptions, {"tensorrt": {"tiling": "fast"}}, "is for backend='tensorrt'"),
+        (
+            BuildOptions,
+            {"tensorrt": TensorRTOptions(tiling="fast")},
+            "^tensorrt.tiling='fast' is for backend='tensorrt'",
+        ),
         (TensorRTOptions, {"tiling": "most"}, "tiling='most'"),
         (TensorRTOptions, {"tactic_bytes": 5}, "tactic_bytes=5"),
         (TensorRTOptions, {"exclude_lean_runtime": True}, "needs version_compatible=True"),
