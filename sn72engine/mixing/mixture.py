@@ -183,7 +183,7 @@ class Mixture:
         if self.unit == "bytes":
             return f"{cost / 1e6:.2f} MB of weights"
         origin = "given" if self.record["given_costs"] else f"modelled on {self.options.card}"
-        return f"{cost * 1e6:.1f} us in these layers ({origin})"
+        return f"{cost * 1e6:.1f} µs in these layers ({origin})"
 
     def save_plot(self, path: str | Path) -> Path:
         """Draw what each layer would cost in accuracy, and the way to the result, as PNG.

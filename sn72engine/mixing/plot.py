@@ -81,7 +81,11 @@ def _draw_layers(axes: Any, mixture: Mixture) -> None:
 def _draw_way(axes: Any, mixture: Mixture) -> None:
     """Cost against the sum of damages after each step; what was measured on the way."""
     names = {layer.name: layer.point(FLOAT) for layer in mixture.layers}
-    scale, unit = (1e-6, "MB of weights") if mixture.unit == "bytes" else (1e6, "us")
+    if mixture.unit == "bytes":
+        scale, told = 1e-6, "weights of these layers, MB"
+    else:
+        origin = "given" if mixture.record["given_costs"] else f"modelled on {mixture.options.card}"
+        scale, told = 1e6, f"time of these layers, µs ({origin})"
     points = [(sum(point.cost for point in names.values()), 0.0)]
     for step in mixture.steps:
         names[step.layer] = step.point
@@ -106,16 +110,16 @@ def _draw_way(axes: Any, mixture: Mixture) -> None:
     axes.annotate(
         f"chosen\n{mixture.cost / mixture.float_cost:.0%} of float16",
         end,
-        xytext=(14, 12),
+        xytext=(12, 0),
         textcoords="offset points",
         fontsize=8.5,
-        va="bottom",
+        va="center",
         color=_INK,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
     )
     axes.set_yscale("symlog", linthresh=max(line[min(1, len(line) - 1)][1], _FLOOR))
     axes.set_ylim(0, line[-1][1] * 8)
-    axes.set_xlabel(f"cost of these layers, {unit}")
+    axes.set_xlabel(told)
     axes.set_ylabel("sum of the layers' damages")
     axes.set_title(
         "From float16 (right) to the cheapest (left)", loc="left", fontsize=10, color=_INK
