@@ -295,6 +295,10 @@ def _leave_extremes_in_float(path: Path) -> tuple[str, ...]:
     kept = [node for node in kept if node.output[0] not in exact or node.output[0] in read]
     del graph.node[:]
     graph.node.extend(kept)
+    read = {name for node in kept for name in node.input} | results
+    for index in reversed(range(len(graph.initializer))):
+        if graph.initializer[index].name not in read:
+            del graph.initializer[index]
     path.write_bytes(proto.SerializeToString())
     return (
         f"maxima and minima that stay in float, for OpenVINO rounds them wrongly: {len(pairs)}",
