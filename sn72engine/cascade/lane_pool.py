@@ -6,6 +6,7 @@ import contextlib
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -15,7 +16,7 @@ T = TypeVar("T")
 
 
 class LanePool(Generic[T]):
-    """Lends each lane to one batch at a time, to any number of threads.
+    """Lends each lane to one batch at a time, to any number of threads, in their order.
 
     A caller visits the pool while it has batches to run, so that :meth:`close` can let it end.
     Whatever happens to the others, nobody waits for a lane that will not come: a failure of the GPU
@@ -32,6 +33,7 @@ class LanePool(Generic[T]):
         self._closing = False  # nobody comes in
         self._closed = False  # nobody gets a lane
         self._failure = ""
+        self._line: deque[object] = deque()  # one ticket per caller that wants a lane
         self._changed = threading.Condition()
 
     @property
@@ -60,20 +62,29 @@ class LanePool(Generic[T]):
     def take(self, until: float) -> T | None:
         """A free lane; None if there is none before ``until``, a time of ``time.monotonic()``.
 
+        Callers are served in the order in which they ask: a call of many batches, which asks for
+        each of them, does not keep the others waiting until its end.
+
         Raises:
             CudaUnavailableError: the GPU has failed.
             CascadeError: the pool was closed without waiting for this caller any longer.
         """
+        ticket = object()
         with self._changed:
-            while True:
-                if self._failure:
-                    raise CudaUnavailableError(self._failure)
-                if self._closed:
-                    raise CascadeError("the cascade has been closed")
-                if self._free:
-                    return self._free.pop()  # the last one used, whose memory is the warmest
-                if not self._wait(until):
-                    return None
+            self._line.append(ticket)
+            try:
+                while True:
+                    if self._failure:
+                        raise CudaUnavailableError(self._failure)
+                    if self._closed:
+                        raise CascadeError("the cascade has been closed")
+                    if self._free and self._line[0] is ticket:
+                        return self._free.pop()  # the last one used: its memory is the warmest
+                    if not self._wait(until):
+                        return None
+            finally:
+                self._line.remove(ticket)
+                self._changed.notify_all()
 
     def give(self, lane: T) -> None:
         """Give a lane back, on which nothing is going on any more."""

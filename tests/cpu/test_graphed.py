@@ -749,10 +749,10 @@ def wait_until(condition: Any) -> None:
 
 def lines_up(rig: Rig, request: Request) -> Call:
     """A caller that waits for a lane."""
-    pool = rig.executor._pool
-    before = len(pool._changed._waiters)  # type: ignore[attr-defined]
+    line = rig.executor._pool._line
+    before = len(line)
     call = Call(rig, request)
-    wait_until(lambda: len(pool._changed._waiters) > before)  # type: ignore[attr-defined]
+    wait_until(lambda: len(line) > before)
     return call
 
 
