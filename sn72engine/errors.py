@@ -99,3 +99,8 @@ class CudaUnavailableError(Sn72Error):
     """The GPU or its kernels cannot be used here; the message says why. Callers fall back."""
 
     exit_code = 7
+
+
+def described(error: BaseException) -> str:
+    """What went wrong, as text: our errors say it themselves, others need their kind before it."""
+    return str(error) if isinstance(error, Sn72Error) else f"{type(error).__name__}: {error}"

@@ -49,7 +49,7 @@ from sn72engine.cascade.route import ESCALATE, NEGATIVE, POSITIVE, as_float32, r
 from sn72engine.cascade.spec import ALWAYS, CascadeSpec
 from sn72engine.cascade.tally import Floats, Indices, Tally
 from sn72engine.cascade.worker import Overrun, Worker
-from sn72engine.errors import CascadeError, ImageError
+from sn72engine.errors import CascadeError, described
 from sn72engine.nvtx import span
 from sn72engine.stages.base import Stage, StageScores
 
@@ -408,10 +408,8 @@ def _score(name: str, stage: Stage, samples: Samples, batch: list[int]) -> _Answ
             try:
                 images.append(samples.get(position))
                 answer.kept.append(position)
-            except ImageError as error:
-                answer.unreadable[position] = str(error)
             except Exception as error:  # one bad image must not take the others with it
-                answer.unreadable[position] = f"{type(error).__name__}: {error}"
+                answer.unreadable[position] = described(error)
     start = time.perf_counter()
     answer.decode_seconds = start - begin
     if images:

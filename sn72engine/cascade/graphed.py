@@ -39,7 +39,7 @@ from sn72engine.cascade.route import NEGATIVE, POSITIVE
 from sn72engine.cascade.spec import ALWAYS, CascadeSpec
 from sn72engine.cascade.tally import Indices, Tally
 from sn72engine.cuda.layout import NO_STAGE, Code
-from sn72engine.errors import CascadeError, CudaUnavailableError, ImageError
+from sn72engine.errors import CascadeError, CudaUnavailableError, described
 from sn72engine.nvtx import span
 
 log = logging.getLogger("sn72engine.cascade")
@@ -284,8 +284,7 @@ class GraphExecutor:
                     for load, view in targets:
                         load(image, view[row])
                 except Exception as error:  # one bad image must not take the others with it
-                    known = isinstance(error, ImageError)
-                    unreadable[row] = str(error) if known else f"{type(error).__name__}: {error}"
+                    unreadable[row] = described(error)
         return unreadable
 
     def _finish(

@@ -37,7 +37,13 @@ from sn72engine.cuda.api import Driver
 from sn72engine.cuda.bindings import open_driver
 from sn72engine.cuda.driver import driver_available
 from sn72engine.cuda.layout import FAILURE_BITS, MAX_BUCKETS
-from sn72engine.errors import CascadeError, CudaUnavailableError, OptionError, Sn72Error
+from sn72engine.errors import (
+    CascadeError,
+    CudaUnavailableError,
+    OptionError,
+    Sn72Error,
+    described,
+)
 from sn72engine.graphs import Capturer, GraphStore, TorchCapturer
 from sn72engine.spec import Options, check_int, check_number
 from sn72engine.stages.base import Stage
@@ -179,14 +185,12 @@ def make_executor(
         captured = _captured(spec, offers, options)
         return _graphed(spec, captured, cpu, mode, options, gpu(device), why_rest)
     except Exception as error:  # also PyTorch's own: out of memory, no GPU of that number
-        known = isinstance(error, Sn72Error)
-        reason = str(error) if known else f"{type(error).__name__}: {error}"
         if mode == "auto":
-            log.warning("stages run on the host: %s", reason)
-            return plain(reason)
-        if known:
+            log.warning("stages run on the host: %s", described(error))
+            return plain(described(error))
+        if isinstance(error, Sn72Error):
             raise
-        raise CudaUnavailableError(f"mode={mode!r} is not possible: {reason}") from error
+        raise CudaUnavailableError(f"mode={mode!r} is not possible: {described(error)}") from error
 
 
 def _offers(
