@@ -78,6 +78,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--exclude", action="append", default=[], metavar="NODE", help="leave this node in float"
     )
     parser.add_argument(
+        "--keep-biases",
+        action="store_true",
+        help="do not take the mean error of rounded weights out of biases",
+    )
+    parser.add_argument(
         "--preprocess", type=preprocess_argument, help="where the ONNX file holds no definition"
     )
 
@@ -102,6 +107,7 @@ def execute(options: argparse.Namespace) -> Outcome:
             op_types=tuple(options.op_type) if options.op_type else None,
             exclude=tuple(options.exclude),
             overrides=dict(options.override),
+            bias_correction=not options.keep_biases,
         ),
         options.output,
     )
@@ -116,6 +122,7 @@ def execute(options: argparse.Namespace) -> Outcome:
             "layers",
             f"{record['quantised']} of {products} matrix products and convolutions quantised",
         ),
+        ("biases", f"{record['corrected_biases']} corrected"),
     ]
     record.pop("ranges", None)
     reasons = Counter(record["skipped"].values())

@@ -313,11 +313,9 @@ def test_efficientnet_lite0_keeps_its_accuracy(tmp_path):
     lower_for_cpu(int8.path, tmp_path / "cpu.onnx")
     assert fused(tmp_path / "cpu.onnx", tmp_path)["QLinearConv"] == 49
 
-    # The projections (named after the normalisation that was folded into them) are not rectified:
-    # e4m3 loses most there.
-    options = QuantizeOptions(precision="fp8", overrides={"*_bn2": "float"})
-    fp8 = quantize(model, source, options, tmp_path / "f8.onnx")
-    assert fp8.quantization["quantised"] == 17
+    # Without the correction of biases the gate refuses this one (mean cosine 0.974).
+    fp8 = quantize(model, source, QuantizeOptions(precision="fp8"), tmp_path / "f8.onnx")
+    assert fp8.quantization["quantised"] == 33
     lower_for_cpu(fp8.path, tmp_path / "cpu8.onnx")
     coarse = tmp_path / "coarse.onnx"
     lower_for_cpu(per_tensor(int8.path, tmp_path / "per_tensor.onnx"), coarse)
