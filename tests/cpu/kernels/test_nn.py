@@ -324,3 +324,19 @@ def test_dinov3_of_timm(rotate_half: bool, bias: bool, swapped: bool) -> None:
 
 def patched_original(module: nn.Module) -> nn.Module:
     return module._original[0] if isinstance(module, Attention) else module
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_plus_patch16_dinov3"])
+def test_models_of_timm_itself(name: str) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, num_classes=3, depth=2, init_values=1.0)
+    pixels, others = torch.randn(2, 2, *model.default_cfg["input_size"])
+    with torch.no_grad():
+        before = model.eval()(others)
+        patched = patch(model, (pixels,))
+        assert [change.after for change in patched.changes] == ["Attention"] * 2
+        assert patched.refused == ()
+        torch.testing.assert_close(model(others), before)
+        patched.revert()
+        assert torch.equal(model(others), before)
