@@ -43,6 +43,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sn72engine.cascade.entrance import Entrance
 from sn72engine.cascade.report import StageCounts
 from sn72engine.cascade.result import Result
 from sn72engine.cascade.route import ESCALATE, NEGATIVE, POSITIVE, as_float32, route
@@ -144,7 +145,11 @@ class Executor(Protocol):
         ...
 
     def close(self, patience: float) -> tuple[bool, ...]:
-        """Take no more work; for each stage, whether it is idle and so may be closed."""
+        """Take no more work, and give calls that are running ``patience`` seconds to end.
+
+        Returns:
+            For each stage, whether it is idle and so may be closed.
+        """
         ...
 
 
@@ -161,6 +166,7 @@ class CpuExecutor:
         self._stages = tuple(stages)
         self._groups = spec.groups
         self._names = tuple(stage.name for stage in spec.stages)
+        self._entrance = Entrance()
         self._workers = tuple(Worker(f"sn72-stage-{name}") for name in self._names)
 
     def run(self, request: Request) -> tuple[list[Result], list[StageCounts]]:
@@ -170,12 +176,14 @@ class CpuExecutor:
             One result per sample, in order, and the counts of this run for each stage.
 
         Raises:
-            CascadeError: a sample was left without a status, which is a bug.
+            CascadeError: a sample was left without a status, which is a bug; or the executor has
+                been closed.
         """
         spec = self._spec
         tally = Tally(len(request.samples))
         counts = [StageCounts() for _ in self._stages]
-        self.run_from(0, request, tally, counts)
+        with self._entrance.visit():
+            self.run_from(0, request, tally, counts)
         return tally.results(self._names, spec.decision_threshold, top1=spec.top1), counts
 
     def run_from(
@@ -208,8 +216,14 @@ class CpuExecutor:
                 request.progress(*known)
 
     def close(self, patience: float) -> tuple[bool, ...]:
-        """Take no more work; for each stage, whether it is idle and so may be closed."""
-        return tuple(worker.close(patience) for worker in self._workers)
+        """Take no more work; for each stage, whether it is idle and so may be closed.
+
+        Calls that are running, and stages that were left behind, get up to ``patience`` seconds in
+        all to end.
+        """
+        until = time.monotonic() + patience
+        self._entrance.close(patience)
+        return tuple(worker.close(max(until - time.monotonic(), 0.0)) for worker in self._workers)
 
     def _marked(self, number: int, request: Request) -> NDArray[np.bool_] | None:
         """Samples that a stage's trigger marks; None for all."""

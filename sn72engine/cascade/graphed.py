@@ -30,6 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sn72engine.cascade.entrance import Entrance
 from sn72engine.cascade.executor import CpuExecutor, Request
 from sn72engine.cascade.lane import Lane
 from sn72engine.cascade.lane_pool import LanePool
@@ -108,6 +109,7 @@ class GraphExecutor:
         #: Stages that the GPU runs side by side; most often one.
         self._groups = tuple(group.stages for group in lanes[0][0].groups)
         self._capacity = lanes[0][0].capacity
+        self._entrance = Entrance()
         self._pool = LanePool(lanes)
         self._loaders = {s.offer.rows: s.offer.load for s in reversed(lanes[0][0].stages)}
         self._cpu = cpu
@@ -125,14 +127,36 @@ class GraphExecutor:
             CascadeError: a sample was left without a status, which is a bug; or the executor has
                 been closed.
         """
+        with self._entrance.visit():
+            return self._run(request)
+
+    def close(self, patience: float) -> tuple[bool, ...]:
+        """Take no more work; for each stage, whether it is idle and so may be closed.
+
+        Calls that are running get up to ``patience`` seconds to end.
+        """
+        until = time.monotonic() + patience
+        self._entrance.close(patience)
+        lanes = self._pool.close()
+        if lanes:
+            for lane, launches in lanes:
+                lane.driver.enter()
+                launches.close()
+                lane.close()
+            self._release()
+            self._loaders.clear()  # they hold what the stages have captured with
+        idle = lanes is not None
+        rest = self._cpu.close(max(until - time.monotonic(), 0.0))
+        return tuple(free and (idle or at >= self._captured) for at, free in enumerate(rest))
+
+    def _run(self, request: Request) -> tuple[list[Result], list[StageCounts]]:
         if self.failure:
             return self._cpu.run(request)
         spec = self._spec
         tally = Tally(len(request.samples))
         counts = [StageCounts() for _ in spec.stages]
         try:
-            with self._pool.visit():
-                self._run_captured(request, tally, counts)
+            self._run_captured(request, tally, counts)
         except CudaUnavailableError as error:
             # A lane that fails is not given back: what it was doing may still be going on.
             if self._pool.fail(str(error)):
@@ -146,20 +170,6 @@ class GraphExecutor:
                 request.progress(*known)
             self._cpu.run_from(self._captured, request, tally, counts)
         return tally.results(self._names, spec.decision_threshold, top1=spec.top1), counts
-
-    def close(self, patience: float) -> tuple[bool, ...]:
-        """Take no more work; for each stage, whether it is idle and so may be closed."""
-        lanes = self._pool.close(patience)
-        if lanes:
-            for lane, launches in lanes:
-                lane.driver.enter()
-                launches.close()
-                lane.close()
-            self._release()
-            self._loaders.clear()  # they hold what the stages have captured with
-        idle = lanes is not None
-        rest = self._cpu.close(patience)
-        return tuple(free and (idle or at >= self._captured) for at, free in enumerate(rest))
 
     def _run_captured(self, request: Request, tally: Tally, counts: Sequence[StageCounts]) -> None:
         marks = self._marks(request)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 from sn72engine.errors import CascadeError, CudaUnavailableError
@@ -18,9 +17,8 @@ T = TypeVar("T")
 class LanePool(Generic[T]):
     """Lends each lane to one batch at a time, to any number of threads, in their order.
 
-    A caller visits the pool while it has batches to run, so that :meth:`close` can let it end.
-    Whatever happens to the others, nobody waits for a lane that will not come: a failure of the GPU
-    and a close that has run out of patience reach every caller in line.
+    Nobody waits for a lane that will not come: a failure of the GPU and :meth:`close` reach every
+    caller in line.
 
     Args:
         lanes: all of them.
@@ -29,9 +27,7 @@ class LanePool(Generic[T]):
     def __init__(self, lanes: Sequence[T]) -> None:
         self._free = list(lanes)
         self._count = len(lanes)
-        self._visitors = 0
-        self._closing = False  # nobody comes in
-        self._closed = False  # nobody gets a lane
+        self._closed = False
         self._failure = ""
         self._line: deque[object] = deque()  # one ticket per caller that wants a lane
         self._changed = threading.Condition()
@@ -41,24 +37,6 @@ class LanePool(Generic[T]):
         """Why the GPU is no longer used; empty while it is."""
         return self._failure
 
-    @contextlib.contextmanager
-    def visit(self) -> Iterator[None]:
-        """For as long as a caller has batches to run.
-
-        Raises:
-            CascadeError: the pool is being closed.
-        """
-        with self._changed:
-            if self._closing:
-                raise CascadeError("the cascade has been closed")
-            self._visitors += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._visitors -= 1
-                self._changed.notify_all()
-
     def take(self, until: float) -> T | None:
         """A free lane; None if there is none before ``until``, a time of ``time.monotonic()``.
 
@@ -67,7 +45,7 @@ class LanePool(Generic[T]):
 
         Raises:
             CudaUnavailableError: the GPU has failed.
-            CascadeError: the pool was closed without waiting for this caller any longer.
+            CascadeError: the pool has been closed.
         """
         ticket = object()
         with self._changed:
@@ -100,18 +78,14 @@ class LanePool(Generic[T]):
             self._changed.notify_all()
             return first
 
-    def close(self, patience: float) -> list[T] | None:
-        """Let nobody in; wait up to ``patience`` seconds for the callers that are, then end them.
+    def close(self) -> list[T] | None:
+        """Lend no more lanes.
 
         Returns:
-            All lanes, to be released, or none on a further call. None if a batch is still in one,
-            or was when the GPU failed.
+            All lanes, to be released, and none on a further call. None while a batch is still in
+            one, or was when the GPU failed.
         """
-        until = time.monotonic() + patience
         with self._changed:
-            self._closing = True
-            while self._visitors and not self._failure and self._wait(until):
-                pass
             self._closed = True
             self._changed.notify_all()
             if len(self._free) < self._count:

@@ -672,6 +672,53 @@ def test_a_closed_cascade_refuses_calls() -> None:
             call([picture(0)])
 
 
+def test_close_lets_a_running_call_end() -> None:
+    """Also where it still has stages to go to."""
+    gate = Gate()
+    cascade = two_stages(gate, lookup([0.9]))
+    results: list[Result] = []
+    caller = threading.Thread(target=lambda: results.extend(cascade([picture(0)])), daemon=True)
+    caller.start()
+    assert gate.entered.wait(60)
+    closer = threading.Thread(target=cascade.close, daemon=True)
+    closer.start()
+    until = time.monotonic() + 60
+    while not cascade._executor._entrance._closed:  # type: ignore[attr-defined]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    with pytest.raises(CascadeError, match="closed"):
+        cascade([picture(0)])
+    gate.open.set()
+    for thread in (caller, closer):
+        thread.join(60)
+    assert [(r.stage, r.status) for r in results] == [("second", Status.DONE)]
+
+
+def test_close_gives_all_stages_together_what_patience_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sn72engine.cascade import cascade as module
+
+    monkeypatch.setattr(module, "_PATIENCE", 0.2)
+    gates = [Gate() for _ in range(8)]
+    spec = CascadeSpec(tuple(StageSpec(f"s{k}") for k in range(8)))
+    cascade = Cascade(spec, {f"s{k}": gate for k, gate in enumerate(gates)})
+    given: list[float] = []
+    close = Worker.close
+
+    def noted(self: Worker, patience: float) -> bool:
+        given.append(patience)
+        return close(self, patience)
+
+    monkeypatch.setattr(Worker, "close", noted)
+    for worker in cascade._executor._workers:  # type: ignore[attr-defined]
+        worker.acquire(math.inf)
+    cascade.close()
+    assert len(given) == 8
+    assert given[0] > 0.1
+    assert given[1:] == [0.0] * 7
+
+
 def test_close_leaves_a_hanging_stage_open(monkeypatch: pytest.MonkeyPatch) -> None:
     from sn72engine.cascade import cascade as module
     from sn72engine.cascade import opening

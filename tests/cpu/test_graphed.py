@@ -805,7 +805,7 @@ def test_close_lets_running_calls_end(library: ctypes.CDLL, mode: str) -> None:
     idle: list[tuple[bool, ...]] = []
     closer = threading.Thread(target=lambda: idle.append(rig.executor.close(20.0)), daemon=True)
     closer.start()
-    wait_until(lambda: rig.executor._pool._closing)
+    wait_until(lambda: rig.executor._entrance._closed)
     with pytest.raises(CascadeError, match="closed"):
         rig.executor.run(request_of(case, math.inf))
     gate.open.set()

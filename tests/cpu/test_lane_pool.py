@@ -95,34 +95,22 @@ def test_a_failure_reaches_everybody() -> None:
     pool.give("a")
     with pytest.raises(CudaUnavailableError, match="broken"):
         pool.take(NOW)
-    assert pool.close(60.0) is None
+    assert pool.close() is None
 
 
-def test_close_waits_for_visitors_and_then_has_all_lanes() -> None:
+def test_close_has_all_lanes_once() -> None:
     pool = LanePool(["a", "b"])
-    closed: list[Any] = []
-    with pool.visit():
-        closer = threading.Thread(target=lambda: closed.append(pool.close(60.0)), daemon=True)
-        closer.start()
-        wait_for(lambda: pool._closing)
-        with pytest.raises(CascadeError, match="closed"), pool.visit():
-            pass
-        lane = pool.take(NOW)  # one that is in may go on
-        assert lane is not None
-        pool.give(lane)
-        assert not closed
-    closer.join(20)
-    assert sorted(closed[0]) == ["a", "b"]
-    assert pool.close(0.0) == []
+    assert sorted(pool.close() or []) == ["a", "b"]
+    assert pool.close() == []
     with pytest.raises(CascadeError, match="closed"):
         pool.take(NOW)
 
 
-def test_close_that_runs_out_of_patience_ends_those_that_wait() -> None:
+def test_close_with_a_batch_in_a_lane_ends_those_that_wait() -> None:
     pool = LanePool(["a"])
-    with pool.visit():
-        pool.take(NOW)
-        waiter = Waiter(pool)
-        assert pool.close(0.05) is None
-        assert isinstance(waiter.end(), CascadeError)
-        pool.give("a")  # the batch that held it has ended
+    pool.take(NOW)
+    waiter = Waiter(pool)
+    assert pool.close() is None
+    assert isinstance(waiter.end(), CascadeError)
+    pool.give("a")
+    assert pool.close() == ["a"]
