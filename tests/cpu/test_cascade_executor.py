@@ -673,11 +673,12 @@ def test_a_closed_cascade_refuses_calls() -> None:
 
 
 def test_close_lets_a_running_call_end() -> None:
-    """Also where it still has stages to go to."""
+    """Also where it has further batches to run, and stages to go to."""
     gate = Gate()
-    cascade = two_stages(gate, lookup([0.9]))
+    cascade = two_stages(gate, lookup([0.9]), max_batch=1)
     results: list[Result] = []
-    caller = threading.Thread(target=lambda: results.extend(cascade([picture(0)])), daemon=True)
+    images = [picture(0)] * 2
+    caller = threading.Thread(target=lambda: results.extend(cascade(images)), daemon=True)
     caller.start()
     assert gate.entered.wait(60)
     closer = threading.Thread(target=cascade.close, daemon=True)
@@ -691,7 +692,7 @@ def test_close_lets_a_running_call_end() -> None:
     gate.open.set()
     for thread in (caller, closer):
         thread.join(60)
-    assert [(r.stage, r.status) for r in results] == [("second", Status.DONE)]
+    assert [(r.stage, r.status) for r in results] == [("second", Status.DONE)] * 2
 
 
 def test_close_gives_all_stages_together_what_patience_it_has(
