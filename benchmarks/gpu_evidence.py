@@ -4,8 +4,9 @@
     python -m benchmarks.gpu_evidence --only tests --minutes 9
 
 Runs, each in a process of its own: ``tests`` (tests/gpu), ``sanitize`` (compute-sanitizer over the
-small ones), ``kernels`` (benchmarks/kernels over the whole grid) and ``cascade`` (the cascade's
-benchmarks). Each leaves ``<out>/<gpu>/<date>-<step>.json``, written when the step ends or its time
+small ones), ``kernels`` (benchmarks/kernels over the whole grid), ``cascade`` (the cascade's
+benchmarks), ``engines`` (inductor engines of ViT-L/16 at 384 px) and ``end_to_end`` (a cascade of
+them). Each leaves ``<out>/<gpu>/<date>-<step>.json``, written when the step ends or its time
 is over, from lines that were kept as they came; a step that was killed altogether leaves these
 lines, ``<date>-<step>.jsonl``. A step gets its share of the time that is left, so that what one
 does not need goes to the next. With ``--select`` the files are named ``<date>-<step>-selected``, so
@@ -24,6 +25,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -95,7 +97,14 @@ def _tests(context: Context) -> list[str]:
 def _cascade(context: Context) -> list[str]:
     folder = machine.ROOT / "benchmarks"
     names = ("test_cascade*.py", "test_executor*.py", "test_device*.py")
-    files = sorted(path for name in names for path in folder.glob(name))
+    return _benchmarked(context, sorted(p for name in names for p in folder.glob(name)))
+
+
+def _engines(context: Context) -> list[str]:
+    return _benchmarked(context, [machine.ROOT / "benchmarks" / "test_inductor.py"])
+
+
+def _benchmarked(context: Context, files: Sequence[Path]) -> list[str]:
     return context.pytest(
         *(str(path.relative_to(machine.ROOT)) for path in files),
         "-p", "benchmarks.pytest_outcomes", f"--outcomes={context.lines}",
@@ -120,8 +129,10 @@ def _outcomes(context: Context) -> dict[str, Any]:
 
 
 def _benchmarks(context: Context) -> dict[str, Any]:
-    """:func:`_outcomes`, and medians where the benchmarks came to their end."""
+    """:func:`_outcomes`, extra columns, and medians where the benchmarks came to their end."""
     found = _outcomes(context)
+    tests = processes.outcomes(context.lines)
+    found["extra"] = {t["test"].rpartition("::")[2]: t["figures"] for t in tests if "figures" in t}
     path = context.lines.with_suffix(".benchmark")
     try:
         entries = json.loads(path.read_text())["benchmarks"]
@@ -129,7 +140,6 @@ def _benchmarks(context: Context) -> dict[str, Any]:
         entries = []
     path.unlink(missing_ok=True)
     found["median_ms"] = {each["name"]: 1e3 * each["stats"]["median"] for each in entries}
-    found["extra"] = {each["name"]: each["extra_info"] for each in entries if each["extra_info"]}
     return found
 
 
@@ -145,6 +155,23 @@ def _races(context: Context) -> dict[str, Any]:
         return harness.read(context.lines)
     except (OSError, ValueError):
         return {"header": None, "races": []}
+
+
+def _end_to_end(context: Context) -> list[str]:
+    # Engines of gigabytes: not among the results, and still there for the next visit.
+    folder = Path(tempfile.gettempdir()) / "sn72-end-to-end"
+    batches = "1,8,32,64" if context.gpu else "1,8"
+    return [
+        sys.executable, "-m", "benchmarks.end_to_end", "--batches", batches,
+        "--folder", str(folder), "--record", str(context.lines),
+    ]  # fmt: skip
+
+
+def _end_to_end_races(context: Context) -> dict[str, Any]:
+    try:
+        return {"races": json.loads(context.lines.read_text())["races"]}
+    except (OSError, ValueError):
+        return {"races": []}
 
 
 def _sanitize(context: Context) -> list[str]:
@@ -176,9 +203,11 @@ STEPS: dict[str, Step] = {
     "sanitize": Step(6.0, _sanitize, _reports),
     "kernels": Step(8.0, _kernels, _races),
     "cascade": Step(2.0, _cascade, _benchmarks),
+    "engines": Step(6.0, _engines, _benchmarks),
+    "end_to_end": Step(6.0, _end_to_end, _end_to_end_races),
     "tune": Step(10.0, _tune, _configurations),
 }
-DEFAULT = ("tests", "sanitize", "kernels", "cascade")
+DEFAULT = ("tests", "sanitize", "kernels", "cascade", "engines", "end_to_end")
 
 
 def take(name: str, context: Context, path: Path) -> str:

@@ -1,5 +1,7 @@
 """A pytest plugin that keeps every outcome as a line of JSON, written through at once.
 
+A benchmark's line has its extra columns too: pytest-benchmark writes its own file at the very end.
+
 ``pytest -p benchmarks.pytest_outcomes --outcomes=FILE``. JUnit files and the like are written when
 the last test has ended; a run that is cut off leaves nothing of them.
 """
@@ -7,7 +9,9 @@ the last test has ended; a run that is cut off leaves nothing of them.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +37,15 @@ class _Writer:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self._add({"collected": len(session.items)})
 
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Iterator[None]:
+        outcome: Any = yield
+        figures = getattr(getattr(item, "funcargs", {}).get("benchmark"), "extra_info", None)
+        if call.when == "call" and figures:
+            outcome.get_result().user_properties.append(("figures", dict(figures)))
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One line a test: its call, or what kept it from being called."""
         if report.when != "call" and report.outcome == "passed":
@@ -41,6 +54,7 @@ class _Writer:
             "test": report.nodeid,
             "outcome": report.outcome if report.when == "call" or report.skipped else "error",
             "seconds": round(report.duration, 3),
+            **{name: value for name, value in report.user_properties if name == "figures"},
         }
         if report.skipped and isinstance(report.longrepr, tuple):
             line["reason"] = report.longrepr[2].removeprefix("Skipped: ")

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A plain vision transformer: square images, one class token, a head of one logit."""
+    """A plain vision transformer: square images, one class token, a linear head."""
 
     image: int
     patch: int
@@ -37,21 +37,25 @@ SMALL = Size(96, 16, 192, 6, 3)
 TINY = Size(96, 16, 128, 3, 2)
 
 
-def vit(size: Size, seed: int = 0) -> nn.Module:
-    """The model, in evaluation mode on the CPU; images (N, 3, H, H) to logits (N, 1)."""
+def vit(size: Size, seed: int = 0, outputs: int = 1) -> nn.Module:
+    """The model, in evaluation mode on the CPU; images (N, 3, H, H) to logits (N, outputs).
+
+    Random weights give all images nearly the same features, so that a single logit is small beside
+    what rounding does to it. Many of them show how near the features are.
+    """
     torch.manual_seed(seed)
-    return Vit(size).eval().requires_grad_(False)
+    return Vit(size, outputs).eval().requires_grad_(False)
 
 
 class Vit(nn.Module):
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, outputs: int) -> None:
         super().__init__()
         width = size.width
         self.patches = nn.Conv2d(3, width, size.patch, size.patch)
         self.token = nn.Parameter(torch.randn(1, 1, width))
         self.position = nn.Parameter(torch.randn(1, size.tokens, width) * 0.02)
         self.blocks = nn.Sequential(*(Block(width, size.heads) for _ in range(size.depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)

@@ -138,6 +138,37 @@ def test_interrupted_from_outside(tmp_path: Path) -> None:
     assert record["counts"] == {"passed": 2}
 
 
+def test_every_benchmark_of_a_gpu_is_collected() -> None:
+    """One visit brings all figures: of kernels, cascades, engines, and a cascade of engines."""
+    context = gpu_evidence.Context(Path("lines"), 60.0, "", True)
+    commands = {name: gpu_evidence.STEPS[name].command(context) for name in gpu_evidence.DEFAULT}
+    assert "benchmarks/test_inductor.py" in commands["engines"]
+    assert "benchmarks.end_to_end" in commands["end_to_end"]
+    assert "1,8,32,64" in commands["end_to_end"]
+    for command in commands.values():
+        for word in command:
+            assert not word.endswith(".py") or (ROOT / word).is_file()
+
+
+def test_figures_are_kept_as_each_benchmark_ends(tmp_path: Path) -> None:
+    """pytest-benchmark's own file comes at the very end, which a cut-off run does not reach."""
+    (tmp_path / "test_figures.py").write_text(
+        "def test_one(benchmark):\n"
+        "    benchmark.extra_info['p50_ms'] = 2.5\n"
+        "    benchmark.pedantic(lambda: None, rounds=1)\n"
+        "def test_two(): pass\n"
+    )
+    lines = tmp_path / "lines.jsonl"
+    context = gpu_evidence.Context(lines, 60.0, "", False)
+    command = context.pytest(str(tmp_path), "-p", "benchmarks.pytest_outcomes")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    ended = processes.run([*command, f"--outcomes={lines}"], environment=environment, seconds=60)
+    assert ended.exit_code == 0, ended.output
+    found = gpu_evidence.STEPS["engines"].collect(context)
+    assert found["extra"] == {"test_one": {"p50_ms": 2.5}}
+    assert found["median_ms"] == {}
+
+
 def test_the_plugin_keeps_failures_and_what_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "test_a.py").write_text(
         "import pytest\n"
