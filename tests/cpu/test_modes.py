@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -493,6 +494,45 @@ def test_modules_in_a_cascade_answer_as_on_the_host(
     for result, want in zip(results, wanted, strict=True):
         assert (result.label, result.stage, result.status) == (want.label, want.stage, want.status)
         assert abs(result.probability - want.probability) < 1e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_a_result_that_nobody_waits_for_costs_no_lane(
+    gpu: Gpu, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``result(timeout)`` that runs out, and a call that is taken back while it waits its turn."""
+    gate, reached = threading.Event(), threading.Event()
+
+    def load(self: ColumnOffer, image: Any, out: Any) -> None:
+        if image[0, 0, 0] == 0:
+            reached.set()
+            assert gate.wait(20)
+        out[...] = image[0, 0, 0] / np.float32(255)
+
+    monkeypatch.setattr(ColumnOffer, "load", load)
+    monkeypatch.setattr(
+        "sn72engine.cascade.cascade.make_executor",
+        lambda *a, device: make_executor(*a, device=device, gpu=gpu),
+    )
+    given = {name: Offering(gpu.cuda) for name in ("s0", "s1")}
+    pictures = {n: np.full((1, 1, 3), n, np.uint8) for n in (0, 51, 255)}
+    options = GraphOptions(lanes=1)
+    with Cascade(spec_of("s0", "s1"), given, mode=mode, graphs=options) as cascade:
+        slow = cascade.submit([pictures[0], pictures[255]])
+        assert reached.wait(20)
+        queued = [cascade.submit([pictures[51]]) for _ in range(4)]  # two run side by side
+        with pytest.raises(TimeoutError):
+            slow.result(timeout=0.01)
+        with pytest.raises(TimeoutError):
+            queued[0].result(timeout=0.01)
+        assert queued[-1].cancel()
+        gate.set()
+        wanted = [[0.0, 1.0]] + [[pytest.approx(0.2)]] * 3
+        for future, probabilities in zip([slow, *queued[:-1]], wanted, strict=True):
+            assert [r.probability for r in future.result(timeout=20)] == probabilities
+        assert [r.status for r in cascade([pictures[51]])] == [Status.UNDECIDED]
+    assert not gpu.cuda.executables
 
 
 def test_a_module_in_training_mode_is_refused() -> None:
