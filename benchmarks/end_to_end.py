@@ -255,6 +255,14 @@ def save_plot(races: Sequence[Race], path: Path, title: str) -> Path:
     return path
 
 
+def title(found: dict[str, Any]) -> str:
+    """What was raced, on what and when."""
+    return (
+        f"two-stage cascade, {ESCALATED:.0%} of the images escalated (none at batch 1); "
+        f"{found['device']}, {found['date']}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batches", default="1,8,32,64")
@@ -278,8 +286,7 @@ def main() -> None:
         atomic.write_text(options.record, json.dumps(record, indent=1) + "\n")
     if options.picture:
         races = [Race(r["batch"], r["p50_ms"], r["passed"]) for r in record["races"]]
-        where = record["machine"]["device"]
-        save_plot(races, options.picture, f"two-stage cascade, {ESCALATED:.0%} escalated, {where}")
+        save_plot(races, options.picture, title(record["machine"]))
 
 
 if __name__ == "__main__":

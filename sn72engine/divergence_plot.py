@@ -41,11 +41,11 @@ def plot(report: ComparisonReport, path: Path) -> Path:
     axes.axhline(bound, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
     axes.annotate(
         f"bound {bound:g}",
-        (1, bound),
+        (0, bound),
         xycoords=("axes fraction", "data"),
-        xytext=(-4, 4),
+        xytext=(4, 4),
         textcoords="offset points",
-        ha="right",
+        ha="left",
         fontsize=8,
         color=_INK,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
@@ -54,7 +54,11 @@ def plot(report: ComparisonReport, path: Path) -> Path:
     low, high = min(*heights, bound), max(*heights, bound)
     axes.set_ylim(max(low / 5, _FLOOR / 2), high * (high / low) ** 0.45 * 3)  # room for labels
     # No figures beside the labels: their lines must not be read as values.
-    axes.set_yticks([tick for tick in axes.get_yticks() if low / 5 <= tick <= high * 5])
+    ticks = [tick for tick in axes.get_yticks() if low / 5 <= tick <= high * 5 and tick > _FLOOR]
+    axes.set_yticks(ticks)
+    if low == _FLOOR:  # a logarithmic axis has no place for none
+        ends = axes.yaxis.get_major_formatter().format_ticks(ticks)
+        axes.set_yticks([_FLOOR, *ticks], ["none", *ends])
     axes.minorticks_off()
     axes.set_xlim(-0.03 * len(heights) - 0.5, len(heights) * 1.03 - 0.5)
     _label(axes, report, heights)

@@ -47,7 +47,7 @@ def plot(choice: ThresholdChoice, path: Path, names: Sequence[str] = ()) -> Path
         color=_CURVE,
         markersize=3.5,
         linewidth=1.2,
-        label="cascades on the frontier",
+        label="frontier of the half that was fitted",
         zorder=2,
     )
     for title, single in zip(titles, choice.singles, strict=True):
