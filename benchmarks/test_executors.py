@@ -94,7 +94,7 @@ class Rig:
         self.store = GraphStore(self.driver, capturer)
         buckets = default_buckets(BATCH)[-bodies:]
         captured = [
-            CapturedStage(k, stage, Null(), buckets if k else (BATCH,))
+            CapturedStage(stage, Null(), buckets if k else (BATCH,))
             for k, stage in enumerate(self.spec.stages)
         ]
         self.lane = Lane(self.driver, self.store, captured, 0)

@@ -8,9 +8,9 @@ another lane, if one is free.
 
 Where the answers differ from the CPU executor's, which is otherwise the definition:
 
-- A deadline is looked at between stages, by the GPU's clock. A stage under way is not left behind:
-  its scores count, and a call may outlast its deadline by as long as one stage takes. Decoding is
-  not cut short either.
+- A deadline is looked at between stages, by the GPU's clock, which starts when the batch has been
+  uploaded. A stage under way is not left behind: its scores count, and a call may outlast its
+  deadline by as long as one stage takes. Decoding is not cut short either.
 - A request larger than ``max_batch`` is answered batch by batch: late batches may have no score.
 - A score that is no probability is known to be one, but not its value.
 - Probabilities from logits may differ in the last places, as ``csrc/README.md`` says.

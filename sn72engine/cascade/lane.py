@@ -36,16 +36,14 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True, slots=True)
 class CapturedStage:
-    """A stage that runs on the GPU.
+    """A stage that runs on the GPU. Captured stages are the first ones of a cascade.
 
     Attributes:
-        number: in its cascade; captured stages are the first ones.
         spec: how its scores count.
         offer: its work.
         buckets: numbers of rows that it is captured for, ascending; the last holds a full batch.
     """
 
-    number: int
     spec: StageSpec
     offer: Capturable
     buckets: tuple[int, ...]

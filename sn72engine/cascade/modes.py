@@ -244,15 +244,15 @@ def _captured(
     buckets = given or default_buckets(capacity)
     buckets = (*(bucket for bucket in buckets if bucket < capacity), capacity)
     captured = []
-    for number, offer in enumerate(offers):
-        stage, (least, most) = spec.stages[number], offer.limits
+    for stage, offer in zip(spec.stages, offers, strict=False):
+        least, most = offer.limits
         if not least <= capacity <= most:
             raise CascadeError(
                 f"stage {stage.name!r} takes batches of {least} to {most}, and max_batch="
                 f"{capacity} is outside; change one of them"
             )
         own = tuple(sorted({max(bucket, least) for bucket in buckets}))
-        captured.append(CapturedStage(number, stage, offer, own))
+        captured.append(CapturedStage(stage, offer, own))
     return captured
 
 

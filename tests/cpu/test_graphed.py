@@ -155,7 +155,6 @@ class Rig:
         buckets = default_buckets(spec.max_batch)
         self.captured = tuple(
             CapturedStage(
-                number,
                 spec.stages[number],
                 ColumnOffer(
                     self.cuda,
