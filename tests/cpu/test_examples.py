@@ -29,7 +29,7 @@ def run(name: str, cache: Path, *arguments: object) -> str:
         [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
         cwd=cache,
         env={**os.environ, "PYTHONPATH": str(ROOT), "SN72_CACHE_DIR": str(cache)},
         check=False,

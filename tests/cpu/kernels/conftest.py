@@ -73,7 +73,7 @@ def compiled() -> list[Compiled]:
     """Every op's compile cases for every architecture, from a child process that compiles."""
     pytest.importorskip("triton", reason="Triton is not installed")
     command = [sys.executable, "-m", "sn72kernels.testing", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.stdout, done.stderr
     return [Compiled(**row) for row in json.loads(done.stdout)]
 

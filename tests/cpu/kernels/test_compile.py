@@ -127,7 +127,7 @@ def edges() -> list[dict[str, Any]]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=600,
         cwd=Path(__file__).parents[3],
     )
     assert done.returncode == 0, done.stderr
