@@ -139,7 +139,7 @@ def main() -> None:
         print(
             f"{name}: {made.float_bytes / 1e6:.1f} -> {made.bytes / 1e6:.1f} MB in "
             f"{time.perf_counter() - start:.1f} s: {made.folder}\n"
-            f"  {len(made.quantised)} linear layers quantised, {len(made.skipped)} left in float: "
+            f"  {len(made.quantised)} linear layers quantised, {len(made.skipped)} not: "
             f"{', '.join(sorted(set(made.skipped.values())))}\n"
             f"  logits against the model before: cosine {made.cosine:.5f}"
         )

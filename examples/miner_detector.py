@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("images", nargs="*", type=Path, help="pictures; default: drawn scenes")
     parser.add_argument("--config", type=Path, help="cascade YAML; default: build one")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--folder", type=Path, default=Path("build/miner_detector"))
+    parser.add_argument("--folder", type=Path, default=Path("example-output/miner_detector"))
     options = parser.parse_args()
 
     config = options.config or build_cascade(options.folder)

@@ -143,7 +143,7 @@ def diagnose() -> Diagnosis:
 def probe(module: str, extra: str) -> ModuleReport:
     """Import one package in a child process and report how that went."""
     code = (
-        "import importlib, importlib.util, json, sys\n"
+        "import importlib, importlib.metadata, importlib.util, json, sys\n"
         f"name = {module!r}\n"
         # OpenVINO reports its import to its makers where it finds this module.
         "sys.modules['openvino_telemetry'] = None\n"
@@ -154,7 +154,12 @@ def probe(module: str, extra: str) -> ModuleReport:
         "if not found:\n"
         "    print(json.dumps({'absent': True})); sys.exit()\n"
         "m = importlib.import_module(name)\n"
-        "print(json.dumps({'version': str(getattr(m, '__version__', ''))}))\n"
+        "version = getattr(m, '__version__', '')\n"
+        "try:\n"
+        "    version = version or importlib.metadata.version(name)\n"
+        "except importlib.metadata.PackageNotFoundError:\n"
+        "    pass\n"
+        "print(json.dumps({'version': str(version)}))\n"
     )
     status, output = child(code)
     if status is None:

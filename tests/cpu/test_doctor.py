@@ -71,6 +71,19 @@ def test_a_hanging_import_is_reported(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "still importing" in report.detail
 
 
+def test_a_module_without_a_version_has_that_of_its_distribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "quiet_one.py").write_text("")
+    told = tmp_path / "quiet_one-1.2.3.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: quiet-one\nVersion: 1.2.3\n")
+    (tmp_path / "unknown_one.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor.probe("quiet_one", "").version == "1.2.3"
+    assert doctor.probe("unknown_one", "") == doctor.ModuleReport("unknown_one", "ok", "", "")
+
+
 def test_an_unwritable_cache_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SN72_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "access", lambda *_: False)
