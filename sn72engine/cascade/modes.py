@@ -71,8 +71,9 @@ class GraphOptions(Options):
             the cascade opens and chooses among them, see :mod:`sn72engine.cascade.sizing`: fewer
             graphs and less memory, for a longer opening, and not the same ones on every machine.
         max_buckets: most that ``measured`` chooses for a stage.
-        memory_bytes: most device memory that the graphs which ``measured`` chooses may take, all
-            stages and lanes together, as measured; None for no limit.
+        memory_bytes: most that the graphs which ``measured`` chooses may add to PyTorch's device
+            memory, all stages and lanes together; None for no limit. What TensorRT's contexts and
+            the driver allocate for themselves is not counted.
         shares: of the samples that escalate from the first stage, the second, and so on, as
             ``measured`` expects them; the last one holds for later stages. A parallel group counts
             as one stage. A cascade's report has them as ``escalated`` of ``asked``.
