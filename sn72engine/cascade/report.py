@@ -61,7 +61,8 @@ class ExecutorReport:
 
     ``captured`` names the stages that run as CUDA graphs, ``lanes`` is how many batches can be on
     the GPU at a time, and ``bytes`` what capturing added to PyTorch's device memory, by stage and
-    number of rows. ``plans`` has, by stage, how its numbers of rows were chosen, where they were measured.
+    number of rows. ``plans`` has, by stage, how its numbers of rows were chosen, where they were
+    measured.
     """
 
     mode: str
