@@ -245,7 +245,7 @@ class Session(Closing):
             if not isinstance(runner, Bindable):
                 raise SessionError(
                     f"engines of {self.manifest.backend} cannot be captured in a CUDA graph; build "
-                    "for TensorRT"
+                    "for TensorRT, or for a card with backend='inductor'"
                 )
             tensors = self._check_tensors(runner, inputs)
             for name, tensor in tensors.items():

@@ -45,7 +45,14 @@ _ADVICE = (
     ),
     (r"No space left", "the disk is full: free some, or set TORCHINDUCTOR_CACHE_DIR elsewhere"),
     (
-        r"omp\.h|-fopenmp|libgomp",
+        r"CUDA_HOME|cuda(_runtime_api|_runtime)?\.h: No such file",
+        "compiling for a card needs the CUDA toolkit's headers: install the toolkit of the CUDA "
+        "release that PyTorch was built for, and set CUDA_HOME to it",
+    ),
+    (
+        # The compiler's command line, which has -fopenmp in it, stands in every such message.
+        r"omp\.h: No such file|(unrecognized|unsupported)[^.]{0,40}-fopenmp|"
+        r"cannot find -lg?omp|libgomp\.spec",
         "the compiler lacks OpenMP: install libgomp or libomp",
     ),
     (

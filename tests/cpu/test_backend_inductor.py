@@ -29,6 +29,7 @@ from sn72engine import (
     load,
 )
 from sn72engine.backends import inductor
+from sn72engine.backends.advice import explain
 from sn72engine.cli import main
 from sn72engine.engine_folder import open_engine
 from sn72engine.errors import BuildError, ExportError, InputError, OptionError, SessionError
@@ -255,6 +256,31 @@ def test_no_compiler_is_said_with_what_to_do(
     with pytest.raises(BuildError, match=r"needs a C\+\+ compiler.*apt install g\+\+"):
         build(exported, OPTIONS, store=Store(tmp_path / "store"))
     assert not list((tmp_path / "store").glob("*/manifest.json"))
+
+
+COMMAND = "C++ compile error\n\nCommand:\ng++ a.cpp -fopenmp -I/usr/local/cuda/include -lgomp\n\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        ("CUDA_HOME environment variable is not set. Please set it", "install the toolkit"),
+        (f"{COMMAND}fatal error: cuda_runtime_api.h: No such file or directory", "the toolkit"),
+        (f"{COMMAND}device_utils.h:9: fatal error: cuda.h: No such file", "install the toolkit"),
+        (f"{COMMAND}a.cpp:3:10: fatal error: omp.h: No such file", "lacks OpenMP"),
+        (f"{COMMAND}clang: error: unsupported option '-fopenmp'", "lacks OpenMP"),
+        (f"{COMMAND}/usr/bin/ld: cannot find -lgomp: No such file", "lacks OpenMP"),
+        (f"{COMMAND}No space left on device", "TORCHINDUCTOR_CACHE_DIR"),
+        (f"{COMMAND}a.cpp:7:1: error: expected ';'", ""),
+        ("CUDA out of memory. Tried to allocate 2 GiB", "lower the batch"),
+    ],
+)
+def test_what_the_compiler_says_is_explained(said: str, advice: str) -> None:
+    text = explain(said, inductor._ADVICE)
+    if advice:
+        assert advice in text
+    else:
+        assert text == " ".join(said.split())
 
 
 def test_what_cannot_be_built_is_refused_before_it_is_compiled(
