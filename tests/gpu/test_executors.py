@@ -364,6 +364,66 @@ def test_modules_inside_switch_bodies(mode: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_labels_of_many_classes(mode: Any) -> None:
+    """Labels go another way than scores: scattered by the first stage too, and copied apart."""
+    transform = Preprocess(height=16, width=16)
+    torch.manual_seed(7)
+    layers = [torch.nn.Linear(3 * 16 * 16, 5) for _ in range(3)]
+    modules = [torch.nn.Sequential(torch.nn.Flatten(), one).cuda().eval() for one in layers]
+    names = ("first", "second", "third")
+    given = {
+        name: TorchStage(module, transform, score="top1", device="cuda")
+        for name, module in zip(names, modules, strict=True)
+    }
+    spec = CascadeSpec(
+        tuple(StageSpec(name, score="top1", high=0.45) for name in names), max_batch=8
+    )
+    images = pictures(61)
+    with (
+        Cascade(spec, given, mode="cpu") as cpu,
+        Cascade(spec, given, mode=mode) as cascade,
+    ):
+        wanted, results = cpu(images), cascade(images)
+        assert cascade.report().executor.captured == names
+    assert len({want.stage for want in wanted}) > 1
+    assert len({want.label for want in wanted}) > 2
+    same(results, wanted)
+    assert [result.label for result in results] == [want.label for want in wanted]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_close_while_calls_run(mode: str) -> None:
+    """Those that are inside end as if nothing were, and then everything is released."""
+    spec = plain(3, 4)
+    executor, _, _ = made(spec, mode, lanes=2)
+    rng = np.random.default_rng(9)
+    ended: list[bool] = []
+    inside = threading.Barrier(3)
+
+    def caller(case: Case) -> None:
+        request = request_of(case)
+        decode = request.samples._decode
+
+        def slow(source: Any) -> Any:
+            if source == 0:
+                inside.wait(60)  # inside, and with nearly all of its batches to come
+            return decode(source)
+
+        request.samples._decode = slow
+        ended.append(answers(executor.run(request)[0]) == expected(case))
+
+    cases_of_callers = [case_of(spec, rng.random((3, 400))) for _ in range(2)]
+    threads = [threading.Thread(target=caller, args=(case,)) for case in cases_of_callers]
+    for thread in threads:
+        thread.start()
+    inside.wait(60)
+    assert all(executor.close(60.0))
+    for thread in threads:
+        thread.join()
+    assert ended == [True, True]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_inductor_packages_inside_switch_bodies(mode: Any, tmp_path: Path) -> None:
     transform = Preprocess(height=16, width=16)
     program = export_program(
