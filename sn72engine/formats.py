@@ -7,28 +7,21 @@ MXFP8 store blocks along the axis that a product sums over, as defined in
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from sn72engine import _deps, affine
-from sn72kernels.ops.quantize_blocks.reference import (
-    E2M1_MAX,
-    E4M3_MAX,
-    MXFP8_BLOCK,
-    NVFP4_BLOCK,
-    dequantize_mxfp8,
-    dequantize_nvfp4,
-    global_scale_of,
-    quantize_mxfp8,
-    quantize_nvfp4,
-)
+
+#: Largest magnitudes of the element types.
+E2M1_MAX, E4M3_MAX = 6.0, 448.0
 
 #: Largest magnitude of each format that has one scale per tensor or channel.
 LARGEST = {"int8": 127.0, "fp8": E4M3_MAX}
 
 #: Elements that share a scale, in the formats that scale by block.
-BLOCK = {"nvfp4": NVFP4_BLOCK, "mxfp8": MXFP8_BLOCK}
+BLOCK = {"nvfp4": 16, "mxfp8": 32}
 
 #: Code of e8m0 that stands for 1.
 E8M0_BIAS = 127
@@ -88,11 +81,11 @@ def nvfp4(name: str, weight: np.ndarray) -> list[Any]:
         TensorProtos of shapes (channels, inputs), (channels, inputs / 16) and ().
     """
     onnx = _deps.require("onnx", purpose="quantise a model")
-    torch = _deps.require("torch", purpose="quantise a model")
+    torch, blockwise = _torch_and_blocks()
     values = torch.from_numpy(weight)
-    overall = global_scale_of(values)
-    codes, scales = quantize_nvfp4(values, overall)
-    blocks = (weight.shape[0], weight.shape[1] // NVFP4_BLOCK)
+    overall = blockwise.global_scale_of(values)
+    codes, scales = blockwise.quantize_nvfp4(values, overall)
+    blocks = (weight.shape[0], weight.shape[1] // BLOCK["nvfp4"])
     types = onnx.TensorProto
     return [
         onnx.helper.make_tensor(
@@ -116,8 +109,8 @@ def mxfp8(name: str, weight: np.ndarray) -> list[Any]:
         TensorProtos of shapes (channels, inputs) and (channels, inputs / 32).
     """
     onnx = _deps.require("onnx", purpose="quantise a model")
-    torch = _deps.require("torch", purpose="quantise a model")
-    values, scales = quantize_mxfp8(torch.from_numpy(weight))
+    torch, blockwise = _torch_and_blocks()
+    values, scales = blockwise.quantize_mxfp8(torch.from_numpy(weight))
     kind = onnx.TensorProto.FLOAT8E4M3FN
     return [
         onnx.helper.make_tensor(f"{name}_f8", kind, weight.shape, _bytes(torch, values), raw=True),
@@ -133,14 +126,15 @@ def held(precision: str, weight: np.ndarray, axis: int) -> np.ndarray:
         weight: float32; with two axes for the formats that scale by block.
         axis: of the output channel; blocks lie along the other one.
     """
-    torch = _deps.require("torch", purpose="quantise a model")
+    torch, blockwise = _torch_and_blocks()
     if precision in BLOCK:
         values = torch.from_numpy(np.ascontiguousarray(weight if axis == 0 else weight.T))
         if precision == "nvfp4":
-            overall = global_scale_of(values)
-            values = dequantize_nvfp4(*quantize_nvfp4(values, overall), overall, torch.float32)
+            overall = blockwise.global_scale_of(values)
+            codes, scales = blockwise.quantize_nvfp4(values, overall)
+            values = blockwise.dequantize_nvfp4(codes, scales, overall, torch.float32)
         else:
-            values = dequantize_mxfp8(*quantize_mxfp8(values), torch.float32)
+            values = blockwise.dequantize_mxfp8(*blockwise.quantize_mxfp8(values), torch.float32)
         rounded: np.ndarray = values.numpy()
         return rounded if axis == 0 else rounded.T
     scales = _channel_scales(weight, axis, LARGEST[precision])
@@ -165,6 +159,14 @@ def _channel_scales(weight: np.ndarray, axis: int, largest: float) -> np.ndarray
     others = tuple(i for i in range(weight.ndim) if i != axis)
     scales: np.ndarray = np.maximum(np.abs(weight).max(others) / largest, affine.SMALLEST_SCALE)
     return scales.astype(np.float32)
+
+
+def _torch_and_blocks() -> tuple[Any, ModuleType]:
+    """PyTorch and the definition of the block formats, which imports it: seconds, so not before."""
+    torch = _deps.require("torch", purpose="quantise a model")
+    from sn72kernels.ops.quantize_blocks import reference
+
+    return torch, reference
 
 
 def _bytes(torch: Any, codes: Any) -> bytes:

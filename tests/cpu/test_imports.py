@@ -67,6 +67,18 @@ def test_importing_a_package_loads_no_library(package: str) -> None:
     assert not heavy & {name.partition(".")[0] for name in loaded}
 
 
+@pytest.mark.parametrize(
+    "what",
+    [
+        "from sn72engine.cli import parser; parser()",
+        "from sn72engine.backends import get_backend; get_backend('onnxruntime')",
+    ],
+)
+def test_help_and_sessions_do_without_what_takes_seconds_to_import(what: str) -> None:
+    slow = json.loads(python(f"{what}; import sys, json; print(json.dumps(list(sys.modules)))"))
+    assert not {"torch", "onnx", "matplotlib", "transformers"} & set(slow)
+
+
 def test_every_module_imports_with_the_base_dependencies_alone() -> None:
     code = f"""
 import importlib, importlib.abc, sys
