@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from sn72engine.errors import BuildError
 #: Largest finite float16, and the smallest positive one: a scale must not round to zero.
 _LARGEST = 65504.0
 _SMALLEST = 2.0**-24
+
+#: Weights from this size on are converted apart from the graph.
+_LARGE_BYTES = 1 << 16
 
 #: First operator set whose QuantizeLinear and DequantizeLinear take float16 scales.
 _QDQ_OPSET = 19
@@ -53,6 +57,8 @@ def to_half(source: Path, target: Path) -> tuple[str, ...]:
     for index, node in enumerate(proto.graph.node):
         node.name = node.name or f"{node.op_type}_unnamed_{index}"
     beyond = _beyond_range(onnx, proto)
+    # The converter copies the whole model several times; only the types matter to it.
+    large = _set_aside(proto)
     with warnings.catch_warnings():
         # It warns of every tensor with a tiny value, of which trained weights are full.
         warnings.simplefilter("ignore")
@@ -63,6 +69,7 @@ def to_half(source: Path, target: Path) -> tuple[str, ...]:
                 min_positive_val=_SMALLEST,
                 max_finite_val=_LARGEST,
             )
+            _put_back(onnx, float16, proto, large)
             _dequantise_to_half(onnx, proto)
             # Shapes recorded for float32 tensors are stale now; readers infer them again.
             del proto.graph.value_info[:]
@@ -72,6 +79,7 @@ def to_half(source: Path, target: Path) -> tuple[str, ...]:
                 "float16 (module.half()) or build with precision='fp32'"
             ) from error
     onnx_file.write(proto, target)
+    del proto
     checked = target.with_suffix(".checked")
     try:
         onnx.shape_inference.infer_shapes_path(target, checked, check_type=True, strict_mode=True)
@@ -89,6 +97,28 @@ def to_half(source: Path, target: Path) -> tuple[str, ...]:
             f"{', '.join(beyond[:3])}"
         )
     return tuple(notes)
+
+
+def _set_aside(proto: Any) -> dict[str, bytes]:
+    """Take the data of large weights out of the graph, which keeps their types and shapes."""
+    large = {}
+    for tensor in proto.graph.initializer:
+        if len(tensor.raw_data) >= _LARGE_BYTES:
+            large[tensor.name] = tensor.raw_data
+            tensor.ClearField("raw_data")
+    return large
+
+
+def _put_back(onnx: Any, float16: Any, proto: Any, large: dict[str, bytes]) -> None:
+    """Fill in what :func:`_set_aside` took, one by one, as the type that each has become."""
+    for tensor in proto.graph.initializer:
+        data = large.pop(tensor.name, None)
+        if data is None:
+            continue
+        if tensor.data_type == onnx.TensorProto.FLOAT16 and len(data) == 4 * math.prod(tensor.dims):
+            values = np.frombuffer(data, np.float32)
+            data = float16.convert_np_to_float16(values, _SMALLEST, _LARGEST).tobytes()
+        tensor.raw_data = data
 
 
 def _dequantise_to_half(onnx: Any, proto: Any) -> None:

@@ -93,3 +93,28 @@ def test_a_float16_file_is_refused(tmp_path: Path) -> None:
     model = tiny_models.save(tmp_path / "m.onnx", graph, weights)
     with pytest.raises(BuildError, match="cannot be converted to float16"):
         to_half(model.path, tmp_path / "half.onnx")
+
+
+def test_large_weights_are_converted_as_small_ones_are(tmp_path: Path) -> None:
+    """They go past the converter, which would copy them several times."""
+    weights = {
+        "w": np.random.default_rng(0).standard_normal((200, 100)).astype(np.float32),
+        "least": np.zeros((200, 100), np.float32),  # Max stays in float32
+        "table": np.arange(20_000, dtype=np.int64),
+    }
+    weights["w"][0, :4] = [1e6, -1e-9, np.inf, 0]
+    graph = """big (float[N, 200] x, int64[N] i)
+        => (float[N, 100] y, float[N, 200, 100] z, int64[N] j) { y = MatMul(x, w) a = Unsqueeze(x, axis) z = Max(a, least) j = Gather(table, i) }"""
+    weights["axis"] = np.array([2], np.int64)
+    model = tiny_models.save(tmp_path / "m.onnx", graph, weights)
+    to_half(model.path, tmp_path / "half.onnx")
+    found = {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load(tmp_path / "half.onnx").graph.initializer
+    }
+    assert found["w"].dtype == np.float16
+    np.testing.assert_array_equal(found["w"][0, :4], np.float16([65504, -(2.0**-24), np.inf, 0]))
+    np.testing.assert_array_equal(found["w"][1:], weights["w"][1:].astype(np.float16))
+    assert found["least"].dtype == np.float32
+    np.testing.assert_array_equal(found["least"], weights["least"])
+    np.testing.assert_array_equal(found["table"], weights["table"])
