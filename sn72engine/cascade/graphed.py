@@ -158,9 +158,7 @@ class GraphExecutor:
         try:
             self._run_captured(request, tally, counts)
         except CudaUnavailableError as error:
-            # A lane that fails is not given back: what it was doing may still be going on.
-            if self._pool.fail(str(error)):
-                log.exception("the GPU failed; stages run on the host from now on")
+            self._fail(error)
             return self._cpu.run(request)
         everyone = np.arange(len(request.samples))
         request.samples.drop(everyone[~tally.is_open(everyone)])
@@ -193,8 +191,6 @@ class GraphExecutor:
                     self._finish(flights.popleft(), request, tally, counts)
             while flights:
                 self._finish(flights.popleft(), request, tally, counts)
-        except CudaUnavailableError:
-            raise
         except BaseException:
             for flight in flights:
                 self._recover(flight.equipped)
@@ -218,21 +214,31 @@ class GraphExecutor:
 
     @contextlib.contextmanager
     def _recovered(self, equipped: _Equipped) -> Iterator[None]:
-        """What goes wrong in here costs no lane, unless it is the GPU itself."""
+        """What goes wrong in here costs no lane."""
         try:
             yield
-        except CudaUnavailableError:
-            raise
         except BaseException:
             self._recover(equipped)
             raise
 
     def _recover(self, equipped: _Equipped) -> None:
-        """Give a lane back once what it was doing, whatever that was, is over."""
+        """Give a lane back once what it was doing, whatever that was, is over.
+
+        Where the GPU cannot even say that, the lane is not given back: it may be at it for ever.
+        """
         lane, _ = equipped
-        lane.driver.enter()
-        lane.settle()
-        self._pool.give(equipped)
+        try:
+            lane.driver.enter()
+            lane.settle()
+        except CudaUnavailableError as error:
+            self._fail(error)
+        else:
+            self._pool.give(equipped)
+
+    def _fail(self, error: CudaUnavailableError) -> None:
+        """Run everything on the host from now on."""
+        if self._pool.fail(str(error)):
+            log.error("the GPU failed; stages run on the host from now on", exc_info=error)
 
     def _start(
         self,

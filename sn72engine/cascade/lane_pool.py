@@ -82,8 +82,8 @@ class LanePool(Generic[T]):
         """Lend no more lanes.
 
         Returns:
-            All lanes, to be released, and none on a further call. None while a batch is still in
-            one, or was when the GPU failed.
+            All lanes, to be released, and none on a further call. None while one of them has not
+            been given back.
         """
         with self._changed:
             self._closed = True

@@ -628,7 +628,44 @@ def test_when_the_gpu_fails_the_host_answers(
     before = rig.cuda.launches
     assert answers(run(case, rig, clock)[0]) == expected(case)
     assert rig.cuda.launches == before
-    assert rig.executor.close(0.0) == (False,) * stages
+    # What it still answers to can be released, for a cascade that takes this one's place.
+    assert rig.executor.close(0.0) == (True,) * stages
+    assert not rig.cuda.executables
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_gpu_that_does_not_answer_any_more_keeps_its_lane(
+    library: ctypes.CDLL,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    interrupted: bool,
+) -> None:
+    """Then its memory may still be written to. Nobody waits for the lane, whoever saw it first."""
+    spec = plain(2, max_batch=4)
+    rig = Rig(library, mode, spec)
+    case = case_of(spec, np.random.default_rng(0).random((2, 11)))
+    launch = rig.cuda.launch_graph
+
+    def fail(*_: Any) -> Any:
+        raise CudaUnavailableError("cuEventRecord failed with CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    def break_down(executable: int, stream: int) -> None:
+        launch(executable, stream)
+        monkeypatch.setattr(rig.cuda, "record", fail)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(rig.cuda, "launch_graph", break_down)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            rig.executor.run(request_of(case, math.inf))
+    for _ in range(2):
+        assert answers(run(case, rig, clock)[0]) == expected(case)
+    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in rig.executor.failure
+    assert rig.executor.close(0.0) == (False, False)
+    assert rig.cuda.executables
 
 
 @pytest.mark.parametrize("mode", LAUNCHES)
