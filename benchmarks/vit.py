@@ -37,7 +37,7 @@ SMALL = Size(96, 16, 192, 6, 3)
 TINY = Size(96, 16, 128, 3, 2)
 
 
-def vit(size: Size, seed: int = 0, outputs: int = 1) -> nn.Module:
+def vit(size: Size, seed: int = 0, outputs: int = 1) -> Vit:
     """The model, in evaluation mode on the CPU; images (N, 3, H, H) to logits (N, outputs).
 
     Random weights give all images nearly the same features, so that a single logit is small beside
@@ -55,7 +55,8 @@ class Vit(nn.Module):
         self.token = nn.Parameter(torch.randn(1, 1, width))
         self.position = nn.Parameter(torch.randn(1, size.tokens, width) * 0.02)
         self.blocks = nn.Sequential(*(Block(width, size.heads) for _ in range(size.depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
+        self.norm = nn.LayerNorm(width)
+        self.head: nn.Module = nn.Linear(width, outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)

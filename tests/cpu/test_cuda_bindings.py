@@ -118,6 +118,12 @@ int cuGraphInstantiateWithFlags(P* e, P g, U f) {
 }
 int cuGraphUpload(P e, P s) { say("upload %lx %lx", e, s); return 0; }
 int cuGraphLaunch(P e, P s) { say("launch %lx %lx", e, s); return 0; }
+int cuLaunchKernel(P f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                   unsigned bz, unsigned shared, P q, void** params, void** extra) {
+  say("run %lx on %lx: grid %u %u %u block %u %u %u shared %u first %d extra %d", f, q, gx, gy, gz,
+      bx, by, bz, shared, static_cast<int*>(params[0])[6], extra != nullptr);
+  return gx == 9 ? 1 : 0;
+}
 int cuGraphExecDestroy(P e) { say("no executable %lx", e); return 0; }
 int cuGetProcAddress_v2(const char* name, void** out, int, U, int* status) {
   const char* endings[] = {"_v2", "", "WithFlags"};
@@ -169,6 +175,15 @@ assert driver.nodes(graph) == [
 ]
 executable = driver.instantiate(graph, stream)
 driver.launch_graph(executable, stream)
+kernels = Kernels("fatbin", {"sn72_begin": 0xBE}, None)
+kernels.launch(layout.begin(args), stream)
+args.capacity = 256 * 9
+try:
+    kernels.launch(layout.begin(args), stream)
+except CudaUnavailableError as error:
+    assert "launching sn72_begin failed with" in str(error), error
+else:
+    raise SystemExit("a failure went unnoticed")
 driver.destroy_executable(executable)
 driver.destroy_graph(graph)
 driver.destroy_event(event)
@@ -237,6 +252,8 @@ def test_every_call_arrives_as_meant(tmp_path: Path) -> None:
         f"executable {n['graph']} 0",
         f"upload {n['executable']} {n['stream']}",
         f"launch {n['executable']} {n['stream']}",
+        f"run be on {n['stream']}: grid 2 1 1 block 256 1 1 shared 0 first 300 extra 0",
+        f"run be on {n['stream']}: grid 9 1 1 block 256 1 1 shared 0 first 2304 extra 0",
         f"no executable {n['executable']}",
         f"no graph {n['graph']}",
         f"no event {n['event']}",
