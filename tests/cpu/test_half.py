@@ -104,7 +104,8 @@ def test_large_weights_are_converted_as_small_ones_are(tmp_path: Path) -> None:
     }
     weights["w"][0, :4] = [1e6, -1e-9, np.inf, 0]
     graph = """big (float[N, 200] x, int64[N] i)
-        => (float[N, 100] y, float[N, 200, 100] z, int64[N] j) { y = MatMul(x, w) a = Unsqueeze(x, axis) z = Max(a, least) j = Gather(table, i) }"""
+        => (float[N, 100] y, float[N, 200, 100] z, int64[N] j) {
+        y = MatMul(x, w) a = Unsqueeze(x, axis) z = Max(a, least) j = Gather(table, i) }"""
     weights["axis"] = np.array([2], np.int64)
     model = tiny_models.save(tmp_path / "m.onnx", graph, weights)
     to_half(model.path, tmp_path / "half.onnx")
