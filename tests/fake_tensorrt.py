@@ -230,9 +230,11 @@ class IRuntimeCache:
         self._held = blob if good else self._held
         return good
 
-    def serialize(self) -> bytes:
-        """What is held, and one kernel more."""
-        return (self._held or b"kernels") + b"+1"
+    def serialize(self) -> bytes | None:
+        """What is held, and one kernel more; None where that fails."""
+        return None if self._broken else (self._held or b"kernels") + b"+1"
+
+    _broken = False
 
 
 class IRuntimeConfig:

@@ -171,8 +171,11 @@ class LoadedEngine:
 
     def keep_kernels(self) -> None:
         """Write the kernels compiled so far to the runtime cache."""
-        if self._cache is not None:
-            self._cache.update(lambda stored: bytes(memoryview(self._cached.serialize())))
+        if self._cache is None:
+            return
+        serialized = self._cached.serialize()
+        if serialized is not None:  # a cache saves time, and its loss must not fail a close
+            self._cache.update(lambda stored: bytes(memoryview(serialized)))
 
     def check(self, status: bool, what: str) -> None:
         """Raise what TensorRT said when it refused something.

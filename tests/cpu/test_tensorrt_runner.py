@@ -587,6 +587,16 @@ def test_kernels_compiled_are_kept_for_the_next_time(opened: Opened, tmp_path: P
     assert files[0].read_bytes() == b"kernels+1"
 
 
+def test_kernels_that_cannot_be_kept_do_not_fail_the_close(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_tensorrt.IRuntimeCache, "_broken", True)
+    with opened(plan()) as session:
+        session(some(1))
+    with pytest.raises(SessionError, match="closed"):
+        session(some(1))
+
+
 @pytest.mark.parametrize(
     ("backend", "options"),
     [("tensorrt_rtx", RuntimeOptions(runtime_cache=False)), ("tensorrt", RuntimeOptions())],
