@@ -5,7 +5,7 @@ With your exported model, pictures to calibrate, and other pictures to judge by:
     python examples/mix_formats.py --model model.onnx --data photos/ --check other/
 
 Without them, the small vision transformer of the road scenes is trained (minutes, once) and mixed
-on drawn scenes, in about 7 minutes on two cores. ``--quick`` shows the steps in less, with a model
+on drawn scenes, in 5 to 7 minutes on two cores. ``--quick`` shows the steps in two, with a model
 that has learned nothing::
 
     python examples/mix_formats.py
