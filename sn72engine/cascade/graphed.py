@@ -138,16 +138,24 @@ class GraphExecutor:
         until = time.monotonic() + patience
         self._entrance.close(patience)
         lanes = self._pool.close()
-        if lanes:
+        idle = lanes is not None and self._released(lanes)
+        rest = self._cpu.close(max(until - time.monotonic(), 0.0))
+        return tuple(free and (idle or at >= self._captured) for at, free in enumerate(rest))
+
+    def _released(self, lanes: Sequence[_Equipped]) -> bool:
+        """Let go of what the lanes hold; False if the GPU does not take it back."""
+        try:
             for lane, launches in lanes:
                 lane.driver.enter()
                 launches.close()
                 lane.close()
+        except CudaUnavailableError as error:
+            self._fail(error)
+            return False
+        if lanes:
             self._release()
             self._loaders.clear()  # they hold what the stages have captured with
-        idle = lanes is not None
-        rest = self._cpu.close(max(until - time.monotonic(), 0.0))
-        return tuple(free and (idle or at >= self._captured) for at, free in enumerate(rest))
+        return True
 
     def _run(self, request: Request) -> tuple[list[Result], list[StageCounts]]:
         if self.failure:

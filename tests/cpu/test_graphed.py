@@ -668,6 +668,20 @@ def test_a_gpu_that_does_not_answer_any_more_keeps_its_lane(
     assert rig.cuda.executables
 
 
+def test_close_does_not_fail_with_the_gpu(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stages that are not captured can still be closed."""
+    rig = Rig(library, "host", plain(3, max_batch=4), lanes=2, most=2)
+
+    def fail(*_: Any) -> Any:
+        raise CudaUnavailableError("cuGraphExecDestroy failed with CUDA_ERROR_ECC_UNCORRECTABLE")
+
+    monkeypatch.setattr(rig.cuda, "destroy_executable", fail)
+    assert rig.executor.close(0.0) == (False, False, True)
+    assert "CUDA_ERROR_ECC_UNCORRECTABLE" in rig.executor.failure
+
+
 @pytest.mark.parametrize("mode", LAUNCHES)
 def test_what_goes_wrong_between_stages_costs_no_lane(
     library: ctypes.CDLL, clock: Clock, mode: str
