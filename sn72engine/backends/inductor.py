@@ -125,7 +125,7 @@ class InductorBackend:
             try:
                 program = torch.export.load(model.path)
                 if not on_cpu:
-                    program = torch.export.passes.move_to_device_pass(program, "cuda")
+                    program = _on_card(torch, program)
                 bar.step()
                 with torch.no_grad():
                     torch._inductor.aoti_compile_and_package(
@@ -293,6 +293,17 @@ def _instruction_sets(torch: Any) -> Sequence[str]:
             if line.startswith(("flags", "Features")):
                 return sorted(line.partition(":")[2].split())
     return ()
+
+
+def _on_card(torch: Any, program: Any) -> Any:
+    """The exported program, moved to PyTorch's current CUDA device.
+
+    By its number: what the program asserts of its tensors' devices is held against ``cuda:0`` when
+    it is traced again, which ``cuda`` is not equal to.
+    """
+    # torch does not import it by itself.
+    passes = _deps.require("torch", purpose="compile for a card", submodule="export.passes")
+    return passes.move_to_device_pass(program, f"cuda:{torch.cuda.current_device()}")
 
 
 def _check_compiler() -> None:

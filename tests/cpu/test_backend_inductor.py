@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -256,6 +257,17 @@ def test_no_compiler_is_said_with_what_to_do(
     with pytest.raises(BuildError, match=r"needs a C\+\+ compiler.*apt install g\+\+"):
         build(exported, OPTIONS, store=Store(tmp_path / "store"))
     assert not list((tmp_path / "store").glob("*/manifest.json"))
+
+
+def test_a_program_is_moved_to_a_card_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program asserts of a device is compared with one that has a number."""
+    passes = importlib.import_module("torch.export.passes")
+    moved: list[tuple[object, str]] = []
+    monkeypatch.setattr(passes, "move_to_device_pass", lambda *given: moved.append(given))
+    monkeypatch.delattr(torch.export, "passes")  # as it is before anything has imported it
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    inductor._on_card(torch, "program")
+    assert moved == [("program", "cuda:1")]
 
 
 COMMAND = "C++ compile error\n\nCommand:\ng++ a.cpp -fopenmp -I/usr/local/cuda/include -lgomp\n\n"
