@@ -211,10 +211,12 @@ class TorchCapturer:
         # Before: so that a workspace is allocated while capturing. After: so that nobody else uses
         # it once it belongs to the graph.
         torch._C._cuda_clearCublasWorkspaces()
-        # Inference mode is inside: what PyTorch makes for the graph itself is no inference tensor.
-        with self._recording(graph, pool), torch.inference_mode():
-            call()
-        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # Inference mode inside: what PyTorch makes for the graph itself is no inference tensor.
+            with self._recording(graph, pool), torch.inference_mode():
+                call()
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
         return int(graph.raw_cuda_graph()), graph
 
     def reserved_bytes(self) -> int:

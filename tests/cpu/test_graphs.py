@@ -133,6 +133,7 @@ def test_a_capture_that_fails_says_why_and_leaves_nothing_behind(cuda: Cuda, end
     capturer = TorchCapturer(0)
 
     def call() -> None:
+        cuda.matmul()
         if cuda.recording is not None:
             cuda.broken = not ended
             raise SessionError("waits for the device")
@@ -144,6 +145,7 @@ def test_a_capture_that_fails_says_why_and_leaves_nothing_behind(cuda: Cuda, end
         store.capture("large", 8, 0, call)
     assert cuda.current == "callers"
     assert cuda.recording is None
+    assert not cuda.workspaces, "one of the failed graph's pool would be used by what comes next"
     assert not store.graphs
 
 
