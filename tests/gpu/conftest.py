@@ -38,6 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.gpu)
         # Filling new memory also brings warnings about ops that are not deterministic.
         item.add_marker(pytest.mark.filterwarnings("ignore:.*determinis:UserWarning"))
+        for mark in interpreter.marks() if support.INTERPRETED else ():
+            item.add_marker(mark)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
     # The longest at the end, so that a run that is cut off has all the others.

@@ -1,4 +1,4 @@
-"""Arithmetic of bfloat16 and fp8 under Triton's interpreter, as the hardware does it.
+"""What Triton's interpreter lacks: which tests it cannot run, and the arithmetic of small floats.
 
 The interpreter keeps a bfloat16 as the integer of its bits: it multiplies matrices of these
 integers, and where it converts from float32 it cuts bits off instead of rounding. Here operands
@@ -8,15 +8,32 @@ numbers has at most 22 significant bits), and conversions round half to even.
 
 from __future__ import annotations
 
+import importlib.util
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 _BITS: dict[str, tuple[torch.dtype, type[np.generic]]] = {
     "bf16": (torch.bfloat16, np.int16),
     "fp8e4nv": (torch.float8_e4m3fn, np.uint8),
 }
+
+
+def marks() -> tuple[pytest.MarkDecorator, ...]:
+    """For tests that it runs: 3.6 takes numbers in a way that NumPy deprecates, and 2.4 refuses."""
+    if importlib.util.find_spec("triton") is None or _release("triton") >= (3, 7):
+        return ()
+    if _release("numpy") >= (2, 4):
+        reason = "Triton 3.6 interprets loops only with NumPy before 2.4"
+        return (pytest.mark.skip(reason=reason),)
+    return (pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),)
+
+
+def _release(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2])
 
 
 def repair() -> None:

@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -37,30 +36,21 @@ if importlib.util.find_spec("triton") is not None:
     interpreter.repair()
 
 
-def _release(package: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version(package).split(".")[:2])
-
-
 def _ops() -> Path:
     return Path(__file__).parents[3] / "sn72kernels" / "ops"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Triton 3.6 turns a loop bound into a number in a way that NumPy deprecates, 2.4 refuses."""
-    if importlib.util.find_spec("triton") is None or _release("triton") >= (3, 7):
-        return
-    if _release("numpy") >= (2, 4):
-        mark = pytest.mark.skip(reason="Triton 3.6 interprets loops only with NumPy before 2.4")
-    else:
-        mark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
     for item in items:
         name = getattr(item, "originalname", item.name)
         if item.path.parent.name == "kernels" and {item.path.stem, name} & INTERPRETED:
-            item.add_marker(mark)
+            for mark in interpreter.marks():
+                item.add_marker(mark)
 
 
 # Files, by op, and single tests, by name.
 INTERPRETED = {f"test_{path.parent.name}" for path in _ops().glob("*/kernel.py")} | {
+    "test_bodies_run_on_the_interpreter",
     "test_every_candidate_is_right",
     "test_far_offsets",
     "test_launcher_agrees_with_the_reference",
