@@ -49,6 +49,7 @@ from sn72engine import (
     load,
     preprocess,
 )
+from sn72engine.errors import CudaUnavailableError
 from sn72kernels import atomic
 
 ESCALATED = 0.3
@@ -217,9 +218,15 @@ def race(subjects: Subjects, batch: int, repeats: int) -> Race:
                 StageSpec("second", engine=str(engines[1].folder), score="sigmoid"),
             )
             for mode in ("host", "device", "cpu") if GPU else ("cpu",):
-                cascade = opened.enter_context(
-                    Cascade(CascadeSpec(stages, max_batch=subjects.batch.max), mode=mode)  # type: ignore[arg-type]
-                )
+                spec = CascadeSpec(stages, max_batch=subjects.batch.max)
+                try:
+                    cascade = opened.enter_context(Cascade(spec, mode=mode))  # type: ignore[arg-type]
+                except CudaUnavailableError as error:
+                    print(f"no cascade with mode={mode!r}: {error}")
+                    continue
+                if cascade.report().executor.mode != mode:  # it fell back, and the other one runs
+                    print(f"no cascade with mode={mode!r}: {cascade.report().executor.reason}")
+                    continue
 
                 def ours(cascade: Cascade = cascade) -> Answers:
                     results = cascade(images)
