@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def write(
     machine = figures["machine"]
     report = Report(
         "EfficientNet-Lite0 → Lite2: an early-exit cascade",
-        f"Measured on {machine['cpu']}, {machine['threads']} thread(s) per engine, "
-        f"ONNX Runtime {machine['onnxruntime']}, Python {machine['python']}.",
+        f"Measured on {machine['cpu']}; threads per engine: {machine['threads']}; "
+        f"ONNX Runtime {machine['onnxruntime']}, Python {machine['python']}; {date.today()}.",
     )
     report.heading("What the cascade answered")
     report.paragraph(
