@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 import numpy as np
 
 from sn72engine import _deps, fingerprint
-from sn72engine.backends.tensorrt_device import card_name, device_target
 from sn72engine.builder import build
+from sn72engine.cards import card_name, device_target
 from sn72engine.doctor import cpu_name
 from sn72engine.errors import (
     BuildError,

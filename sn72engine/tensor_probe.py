@@ -221,7 +221,7 @@ def _manifest_of(
         )
     target = "cpu"
     if backend not in CPU_BACKENDS:
-        from sn72engine.backends.tensorrt_device import device_target
+        from sn72engine.cards import device_target
 
         present = device_target()
         if present is None:

@@ -89,7 +89,7 @@ def random_inputs(
 def _runs_here(backend: str, target: str) -> bool:
     if backend in CPU_BACKENDS or target.startswith("cpu"):
         return True
-    from sn72engine.backends.tensorrt_device import device_target, runs_on
+    from sn72engine.cards import device_target, runs_on
 
     return runs_on(target, device_target())
 

@@ -22,7 +22,7 @@ from typing import Any
 from sn72engine import _deps
 from sn72engine.backends.advice import explain
 from sn72engine.backends.base import Array, BuiltFiles
-from sn72engine.backends.tensorrt_device import device_target
+from sn72engine.cards import device_target
 from sn72engine.engine import Engine
 from sn72engine.errors import BuildError, SessionError
 from sn72engine.model import TensorSpec

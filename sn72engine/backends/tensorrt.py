@@ -18,11 +18,11 @@ from sn72engine import _deps
 from sn72engine.backends.base import BuiltFiles
 from sn72engine.backends.tensorrt_build import attach_timing_cache, merge, run_builder
 from sn72engine.backends.tensorrt_config import add_profiles, configure, refuse
-from sn72engine.backends.tensorrt_device import device_target, runs_on
 from sn72engine.backends.tensorrt_log import advise, explain, make_logger, warnings
 from sn72engine.backends.tensorrt_plugin import fuse, register
 from sn72engine.backends.tensorrt_refit import refitted
 from sn72engine.backends.tensorrt_runner import TensorRTRunner, numpy_name, open_runner
+from sn72engine.cards import device_target, runs_on
 from sn72engine.engine import Engine
 from sn72engine.errors import BuildError, SessionError
 from sn72engine.half import to_half

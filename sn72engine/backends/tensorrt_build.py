@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from typing import Any
 
-from sn72engine.backends.tensorrt_device import device_target
 from sn72engine.cache_file import CacheFile
+from sn72engine.cards import device_target
 from sn72engine.progress import Progress
 from sn72engine.spec import BackendName
 

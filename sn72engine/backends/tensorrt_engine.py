@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sn72engine.backends.tensorrt_device import Device, device_target
+from sn72engine.backends.tensorrt_device import Device
 from sn72engine.backends.tensorrt_log import explain, make_logger
 from sn72engine.cache_file import CacheFile
+from sn72engine.cards import device_target
 from sn72engine.engine import Engine
 from sn72engine.errors import SessionError
 from sn72engine.spec import RuntimeOptions

@@ -17,7 +17,7 @@ from sn72engine.backends import get_backend, onnxruntime_providers
 from sn72engine.backends.base import BuiltFiles
 from sn72engine.backends.onnxruntime import OnnxRuntimeBackend
 from sn72engine.backends.onnxruntime_providers import Setting
-from sn72engine.backends.tensorrt_device import device_target
+from sn72engine.cards import device_target
 from sn72engine.engine import Engine, Manifest
 from sn72engine.errors import BuildError, OptionError, SessionError
 from sn72engine.model import OnnxModel

@@ -14,9 +14,9 @@ import pytest
 from sn72engine import _deps
 from sn72engine.backends import get_backend, tensorrt, tensorrt_build, tensorrt_config, tensorrt_log
 from sn72engine.backends.tensorrt import TensorRTBackend
-from sn72engine.backends.tensorrt_device import device_target, runs_on
 from sn72engine.backends.tensorrt_log import ADVICE, Message, advise, explain
 from sn72engine.builder import build
+from sn72engine.cards import device_target, runs_on
 from sn72engine.errors import BuildError, MissingDependencyError, SessionError
 from sn72engine.model import OnnxModel
 from sn72engine.progress import Progress

@@ -41,7 +41,7 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
     monkeypatch.setattr(tensorrt_runner, "Device", HostDevice)
     for module in (tensorrt, tensorrt_engine):
         monkeypatch.setattr(module, "device_target", lambda index=None: "sm_90")
-    monkeypatch.setattr("sn72engine.backends.tensorrt_device.device_target", lambda *_: "sm_90")
+    monkeypatch.setattr("sn72engine.cards.device_target", lambda *_: "sm_90")
     return made
 
 

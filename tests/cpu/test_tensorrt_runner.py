@@ -24,9 +24,9 @@ from sn72engine import _deps, fingerprint
 from sn72engine.backends import get_backend, tensorrt, tensorrt_engine, tensorrt_runner
 from sn72engine.backends.base import DeviceMemory
 from sn72engine.backends.tensorrt import TensorRTBackend
-from sn72engine.backends.tensorrt_device import device_target
 from sn72engine.backends.tensorrt_engine import LoadedEngine, Profile, nearest
 from sn72engine.builder import build
+from sn72engine.cards import device_target
 from sn72engine.engine import Engine, EngineFile, Manifest
 from sn72engine.errors import InputError, SessionError
 from sn72engine.introspection import layers_of, timed_runs
