@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,8 @@ class Rig:
             tuple(StageSpec(name, low=0.0, high=1.0) for name in names), max_batch=BATCH
         )
         self.driver, capturer = open_gpu(0)
+        self.current = ExitStack()
+        self.current.enter_context(self.driver.current())
         self.store = GraphStore(self.driver, capturer)
         buckets = default_buckets(BATCH)[-bodies:]
         captured = [
@@ -131,6 +134,7 @@ class Rig:
 
     def close(self) -> None:
         self.executor.close(1.0)
+        self.current.close()
 
 
 def microseconds_on_gpu(rig: Rig, call: Callable[[], None]) -> float:

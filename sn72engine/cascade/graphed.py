@@ -146,14 +146,16 @@ class GraphExecutor:
         """Let go of what the lanes hold; False if the GPU does not take it back."""
         try:
             for lane, launches in lanes:
-                lane.driver.enter()
-                launches.close()
-                lane.close()
+                with lane.driver.current():
+                    launches.close()
+                    lane.close()
+            if lanes:
+                with lanes[0][0].driver.current():
+                    self._release()
         except CudaUnavailableError as error:
             self._fail(error)
             return False
         if lanes:
-            self._release()
             self._loaders.clear()  # they hold what the stages have captured with
         return True
 
@@ -236,8 +238,8 @@ class GraphExecutor:
         """
         lane, _ = equipped
         try:
-            lane.driver.enter()
-            lane.settle()
+            with lane.driver.current():
+                lane.settle()
         except CudaUnavailableError as error:
             self._fail(error)
         else:
@@ -272,9 +274,9 @@ class GraphExecutor:
             self._write_parameters(lane, positions, visible, budget_ns, request)
             count = len(positions)
             rows = next(bucket for bucket in lane.groups[0].buckets if bucket >= count)
-            lane.driver.enter()
-            lane.upload(count)
-            launches.start(rows)
+            with lane.driver.current():
+                lane.upload(count)
+                launches.start(rows)
             readable = np.flatnonzero([row not in unreadable for row in range(count)])
             return _Flight(equipped, positions, marks, unreadable, readable, budget_ns, rows)
 
@@ -323,8 +325,7 @@ class GraphExecutor:
             assert request.progress is not None
             request.progress(*known)
 
-        with self._recovered(flight.equipped):
-            lane.driver.enter()
+        with self._recovered(flight.equipped), lane.driver.current():
             with span("captured stages"):
                 controls = launches.finish(None if request.progress is None else tell)
             samples = self._take(flight, tally)

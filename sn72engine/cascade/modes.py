@@ -184,7 +184,9 @@ def make_executor(
         raise CascadeError(f"mode={mode!r} cannot capture the first stage: {why_rest}")
     try:
         captured = _captured(spec, offers, options)
-        return _graphed(spec, captured, cpu, mode, options, gpu(device), why_rest)
+        driver, capturer = gpu(device)
+        with driver.current():
+            return _graphed(spec, captured, cpu, mode, options, driver, capturer, why_rest)
     except Exception as error:  # also PyTorch's own: out of memory, no GPU of that number
         if mode == "auto":
             log.warning("stages run on the host: %s", described(error))
@@ -263,11 +265,10 @@ def _graphed(
     cpu: CpuExecutor,
     mode: Mode,
     options: GraphOptions,
-    gpu: tuple[Driver, Capturer],
+    driver: Driver,
+    capturer: Capturer,
     why_rest: str,
 ) -> tuple[Executor, Callable[[], ExecutorReport]]:
-    driver, capturer = gpu
-    driver.enter()
     plans: list[BucketPlan] = []
     if options.buckets == "measured":
         plans = measured_plans(

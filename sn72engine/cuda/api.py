@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
 from sn72engine.cuda.layout import Launch
@@ -55,8 +56,11 @@ class Driver(Protocol):
         """Whether SWITCH nodes can be relied upon; else a chain of IF nodes takes their place."""
         ...
 
-    def enter(self) -> None:
-        """Make the GPU current on the calling thread; before anything else on a new thread."""
+    def current(self) -> AbstractContextManager[None]:
+        """Make the GPU current on the calling thread; afterwards it is the one that was before.
+
+        Everything else, but for properties, is called within.
+        """
         ...
 
     def allocate(self, size: int) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sn72engine import _deps
@@ -11,7 +12,7 @@ from sn72engine.cuda.api import NodeKind
 from sn72engine.cuda.driver import driver_available
 from sn72engine.cuda.kernels import Kernels, load_kernels
 from sn72engine.cuda.layout import Launch
-from sn72engine.errors import CudaUnavailableError
+from sn72engine.errors import CudaUnavailableError, MissingDependencyError
 
 #: Older drivers that know SWITCH nodes have had faults in them.
 _SWITCH_VERSION = (13, 0)
@@ -32,7 +33,7 @@ _KINDS = {
 
 
 def open_driver(device: int = 0) -> CudaDriver:
-    """The driver for one GPU, with the kernels loaded.
+    """The driver for one GPU, with the kernels loaded; the thread's current GPU stays that.
 
     Raises:
         CudaUnavailableError: there is no usable driver, GPU or kernels; says which and why.
@@ -40,9 +41,25 @@ def open_driver(device: int = 0) -> CudaDriver:
     found = driver_available()  # before anything of cuda.bindings, parts of which may hang
     if not found.ok:
         raise CudaUnavailableError(found.reason)
-    kernels = load_kernels(device)
     assert found.version is not None  # an available driver has one
-    return CudaDriver(kernels, found.version)
+    with _same_context():
+        return CudaDriver(load_kernels(device), found.version)
+
+
+@contextmanager
+def _same_context() -> Iterator[None]:
+    """Afterwards the thread's context is what it was before, which may be none."""
+    try:
+        cuda: Any = _deps.require("cuda.bindings", purpose="drive CUDA graphs", submodule="driver")
+    except MissingDependencyError as error:
+        raise CudaUnavailableError(str(error)) from error
+    status, context = cuda.cuCtxGetCurrent()
+    if int(status) != 0:
+        raise CudaUnavailableError(f"cuCtxGetCurrent failed with {status!r}")
+    try:
+        yield
+    finally:
+        cuda.cuCtxSetCurrent(context)
 
 
 class CudaDriver:
@@ -65,9 +82,14 @@ class CudaDriver:
         """Whether SWITCH nodes can be relied upon."""
         return self._version >= _SWITCH_VERSION
 
-    def enter(self) -> None:
-        """Make the GPU's context current on this thread."""
-        self._call("cuCtxSetCurrent", self._context)
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the GPU's context current on this thread, above the one that is."""
+        self._call("cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent")
 
     def allocate(self, size: int) -> int:
         """Device memory."""

@@ -10,6 +10,7 @@ GPU would do is done here, strictly:
 - Every copy must stay inside one allocation, and kernels' arguments are taken when a node is made.
 - A conditional body is refused when it is empty, or holds what CUDA does not allow there; a child
   graph, when it holds a conditional node.
+- Everything is asked for while the GPU is the thread's current one.
 - A condition must belong to the graph, and be set exactly once in a launch before it is used.
 """
 
@@ -18,8 +19,10 @@ from __future__ import annotations
 import ctypes
 import random
 import subprocess
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,13 +88,23 @@ class SimulatedCuda:
         self._streams: dict[int, list[Callable[[], None]]] = {}
         self._done: dict[int, int] = {}
         self._events: dict[int, tuple[int, int] | None] = {}
+        self._depth = threading.local()
 
     # Memory
 
-    def enter(self) -> None:
-        pass
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        self._depth.here = getattr(self._depth, "here", 0) + 1
+        try:
+            yield
+        finally:
+            self._depth.here -= 1
+
+    def _check_current(self) -> None:
+        assert getattr(self._depth, "here", 0), "another GPU may be current on this thread"
 
     def allocate(self, size: int) -> int:
+        self._check_current()
         assert size > 0
         raw = (ctypes.c_ubyte * (size + 256))()
         ctypes.memset(raw, _POISON, size + 256)
@@ -100,14 +113,17 @@ class SimulatedCuda:
         return address
 
     def free(self, address: int) -> None:
+        self._check_current()
         del self._memory[address]
 
     def allocate_host(self, size: int) -> int:
+        self._check_current()
         address = self.allocate(size)
         self._pinned.add(address)
         return address
 
     def free_host(self, address: int) -> None:
+        self._check_current()
         self._pinned.remove(address)
         self.free(address)
 
@@ -128,27 +144,33 @@ class SimulatedCuda:
     # Streams and events
 
     def new_stream(self) -> int:
+        self._check_current()
         stream = next(self._numbers)
         self._streams[stream], self._done[stream] = [], 0
         return stream
 
     def destroy_stream(self, stream: int) -> None:
+        self._check_current()
         assert not self._streams.pop(stream), "destroyed with work on it"
 
     def new_event(self) -> int:
+        self._check_current()
         event = next(self._numbers)
         self._events[event] = None
         return event
 
     def destroy_event(self, event: int) -> None:
+        self._check_current()
         del self._events[event]
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        self._check_current()
         self._check_range(target, size)
         self._check_range(source, size)
         self._streams[stream].append(lambda: ctypes.memmove(target, source, size) and None)
 
     def launch_graph(self, executable: int, stream: int) -> None:
+        self._check_current()
         self.launches += 1
         if self.fail_at:
             self.fail_at -= 1
@@ -158,9 +180,11 @@ class SimulatedCuda:
         self._streams[stream].append(lambda: self._execute(graph))
 
     def record(self, event: int, stream: int) -> None:
+        self._check_current()
         self._events[event] = stream, self._done[stream] + len(self._streams[stream])
 
     def wait(self, event: int) -> None:
+        self._check_current()
         mark = self._events[event]
         assert mark is not None, "waits for an event that was never recorded"
         stream, until = mark
@@ -171,17 +195,21 @@ class SimulatedCuda:
     # Graphs
 
     def new_graph(self) -> int:
+        self._check_current()
         return self._new_graph(None).number
 
     def destroy_graph(self, graph: int) -> None:
+        self._check_current()
         del self._graphs[graph]
 
     def new_condition(self, graph: int, default: int) -> int:
+        self._check_current()
         condition = next(self._numbers) << 20
         self._graphs[graph].defaults[condition] = default
         return condition
 
     def add_kernel(self, graph: int, after: Sequence[int], launch: Launch) -> int:
+        self._check_current()
         launch = Launch(
             launch.kernel,
             launch.grid,
@@ -193,12 +221,14 @@ class SimulatedCuda:
     def add_copy(
         self, graph: int, after: Sequence[int], target: int, source: int, size: int
     ) -> int:
+        self._check_current()
         self._check_range(target, size)
         self._check_range(source, size)
         move = lambda: ctypes.memmove(target, source, size) and None  # noqa: E731
         return self._add(graph, after, Node(NodeKind.COPY, run=move))
 
     def add_child(self, graph: int, after: Sequence[int], child: int) -> int:
+        self._check_current()
         inner = self._graphs[child]
         assert not conditionals(inner), "a cloned graph may hold no conditional node"
         return self._add(graph, after, Node(NodeKind.CHILD, child=inner))
@@ -206,17 +236,21 @@ class SimulatedCuda:
     def add_switch(
         self, graph: int, after: Sequence[int], condition: int, bodies: int
     ) -> tuple[int, tuple[int, ...]]:
+        self._check_current()
         return self._add_conditional(graph, after, condition, bodies, single=False)
 
     def add_if(self, graph: int, after: Sequence[int], condition: int) -> tuple[int, int]:
+        self._check_current()
         node, (body,) = self._add_conditional(graph, after, condition, 1, single=True)
         return node, body
 
     def nodes(self, graph: int) -> list[tuple[NodeKind, int | None]]:
+        self._check_current()
         nodes = self._graphs[graph].nodes
         return [(n.kind, n.child.number if n.child else None) for n in nodes]
 
     def instantiate(self, graph: int, stream: int) -> int:
+        self._check_current()
         assert stream in self._streams
         found = self._graphs[graph]
         check(found, outermost=True)
@@ -227,6 +261,7 @@ class SimulatedCuda:
         return executable
 
     def destroy_executable(self, executable: int) -> None:
+        self._check_current()
         del self._executables[executable]
 
     @property

@@ -56,7 +56,8 @@ int cuInit(unsigned) { return 0; }
 int cuDriverGetVersion(int* v) { *v = 13000; return 0; }
 int cuGetErrorName(int, const char** s) { *s = "CUDA_ERROR_INVALID_VALUE"; return 0; }
 int cuCtxGetCurrent(P* c) { *c = 0xC0; return 0; }
-int cuCtxSetCurrent(P c) { say("enter %lx", c); return 0; }
+int cuCtxPushCurrent_v2(P c) { say("enter %lx", c); return 0; }
+int cuCtxPopCurrent_v2(P* c) { say("leave"); *c = 0xC0; return 0; }
 int cuMemAlloc_v2(P* p, std::size_t n) { say("allocate %zu", n); return n == 13 ? 1 : give(p); }
 int cuMemFree_v2(P p) { say("free %lx", p); return 0; }
 int cuMemHostAlloc(P* p, std::size_t n, unsigned f) { say("pin %zu %u", n, f); return give(p); }
@@ -154,7 +155,8 @@ from sn72engine.errors import CudaUnavailableError
 driver = CudaDriver(Kernels("fatbin", {"sn72_begin": 0xBE}, None), (13, 0))
 assert driver.switch_nodes
 assert not CudaDriver(Kernels("fatbin", {}, None), (12, 8)).switch_nodes
-driver.enter()
+with driver.current():
+    pass
 memory, pinned = driver.allocate(100), driver.allocate_host(200)
 stream, event = driver.new_stream(), driver.new_event()
 driver.copy(memory, pinned, 50, stream)
@@ -229,6 +231,7 @@ def test_every_call_arrives_as_meant(tmp_path: Path) -> None:
     n = dict(word.split("=") for word in done.stdout.split())
     assert log.read_text().splitlines() == [
         "enter c0",
+        "leave",
         "allocate 100",
         "pin 200 3",
         "stream 1",

@@ -168,8 +168,9 @@ class Rig:
             )
             for number in itertools.chain(*itertools.islice(alike, most))
         )
-        self.lanes = [Lane(self.cuda, self.store, self.captured, n) for n in range(lanes)]
-        launches = [LAUNCHES[mode](lane) for lane in self.lanes]
+        with self.cuda.current():
+            self.lanes = [Lane(self.cuda, self.store, self.captured, n) for n in range(lanes)]
+            launches = [LAUNCHES[mode](lane) for lane in self.lanes]
         self.cpu = Cpu(
             spec,
             [ColumnStage(k, stages + k if spec.top1 else None) for k in range(stages)],
@@ -581,8 +582,9 @@ def test_what_a_body_may_not_hold_is_found(library: ctypes.CDLL, kind: NodeKind,
     capturer = SimulatedCapturer(cuda)
     capturer.extra = (kind,)
     store = GraphStore(cuda, capturer)
-    store.capture("large", 8, 0, lambda: None)
-    objection = store.objection()
+    with cuda.current():
+        store.capture("large", 8, 0, lambda: None)
+        objection = store.objection()
     assert bool(objection) == bool(word)
     if word:
         assert word in objection
