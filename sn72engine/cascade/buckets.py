@@ -370,7 +370,8 @@ def expected_waste(buckets: Sequence[int], probabilities: ArrayLike) -> float:
     counts = counts[counts > 0]
     rows = sum(float(weights[c]) * _smallest(buckets, int(c)) for c in counts)
     useful = float((weights[counts] * counts).sum())
-    return rows / useful - 1.0 if useful else 0.0
+    # Sums in another order differ in the last bit: no padding must not come out as less than none.
+    return max(rows / useful - 1.0, 0.0) if useful else 0.0
 
 
 def escalation_counts(batch: int, share: float) -> Floats:

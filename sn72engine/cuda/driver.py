@@ -49,7 +49,10 @@ def probe(library: str) -> Availability:
     try:
         cuda = ctypes.CDLL(library)
     except OSError as error:
-        return Availability(False, f"no NVIDIA driver: {error}")
+        absent = "No such file" in str(error) or "not found" in str(error)
+        return Availability(
+            False, f"no NVIDIA driver: {f'{library} is not installed' if absent else error}"
+        )
     try:
         version = _version(cuda)
         if version < LOWEST_VERSION:
