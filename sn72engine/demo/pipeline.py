@@ -41,6 +41,7 @@ from sn72engine.spec import (
     ShapeRange,
     VerifyOptions,
 )
+from sn72engine.store import Store
 from sn72engine.verifier import VerifyReport, verify
 from sn72kernels import atomic
 
@@ -202,14 +203,16 @@ def quantize_model(model: OnnxModel, calibration: Sequence[Any], folder: Path) -
 
 
 def verify_int8(int8: Session, fp32: Session, evaluation: Evaluation) -> VerifyReport:
-    """Hold an INT8 engine against the FP32 one that it would replace."""
-    return verify(
+    """Hold an INT8 engine against the FP32 one that it would replace, and keep the verdict."""
+    report = verify(
         int8,
         fp32,
         batches(evaluation.images, int8.preprocess, CalibrationOptions(limit=None)),
         labels=evaluation.labels,
-        options=VerifyOptions(min_cosine=0.95, repeats=40),
+        options=VerifyOptions(repeats=40),
     )
+    Store().update_manifest(int8.engine, verification=report.to_dict())
+    return report
 
 
 def build_for_gpu(model: OnnxModel, precision: Precision, target: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from sn72engine.cascade.spec import CascadeSpec
 from sn72engine.demo.options import DemoOptions
 from sn72engine.errors import OptionError
+from sn72engine.store import Store
 
 NAMES = ("lite0", "lite2")
 
@@ -54,6 +55,11 @@ def test_the_whole_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         # ImageNet weights on photographs: both forms know what is on most of them.
         assert verified["reference_top1"] > 0.6
         assert verified["agreement"] > 0.6
+    stored = [entry.manifest for entry in Store().entries() if entry.manifest]
+    assert {m.precision: m.verification is not None for m in stored} == {
+        "int8": True,
+        "fp32": False,
+    }
     assert figures["gpu_engines"] == []
     systems = figures["comparison"]["systems"]
     assert set(systems) - {"all stages"} == {"cascade", *NAMES}
