@@ -8,7 +8,7 @@ an RTX 5090 (sm_120), on a machine that needs no GPU. With your weights, a folde
 
 Without weights, for sizes and build times; the answers then mean nothing::
 
-    python examples/build_dinov3.py --random-weights                 # 23 minutes measured, 8.6 GB
+    python examples/build_dinov3.py --random-weights                 # 6 minutes measured, 7.0 GB
     python examples/build_dinov3.py --random-weights --size small    # a minute or two
 
 The fidelity that is printed compares with PyTorch what a CPU computes from the file that the
