@@ -99,7 +99,7 @@ class Tally:
         self._status[index] = _UNDECIDED
         return index, self.probability(index)
 
-    def probability(self, index: Indices | slice) -> Floats:
+    def probability(self, index: Indices) -> Floats:
         """Combined probability, float32 in [0, 1]; 0.5 where there is none yet."""
         probability: Floats = np.maximum(self._vote(index), self._floor[index])
         return probability
@@ -167,7 +167,7 @@ class Tally:
         Raises:
             CascadeError: a sample has no status, which is a bug of the executor.
         """
-        author = self._author()
+        probability, author = self._answers()
         unasked = self._open & (author < 0) & (self._status == _PENDING)
         self._status[unasked] = _FAILED
         self._errors |= dict.fromkeys(
@@ -176,7 +176,7 @@ class Tally:
         if (self._status == _PENDING).any():
             lost = np.flatnonzero(self._status == _PENDING).tolist()
             raise CascadeError(f"samples {lost} have no status after the run; please report this")
-        return self._rows(names, decision_threshold, top1=top1)
+        return self._rows(probability, author, names, decision_threshold, top1=top1)
 
     def snapshot(
         self, names: Sequence[str], decision_threshold: float, *, top1: bool
@@ -185,11 +185,18 @@ class Tally:
 
         As :meth:`results`, but a sample that no stage has scored yet is UNDECIDED at 0.5.
         """
-        return self._rows(names, decision_threshold, top1=top1), (~self._open).tolist()
+        rows = self._rows(*self._answers(), names, decision_threshold, top1=top1)
+        return rows, (~self._open).tolist()
 
-    def _rows(self, names: Sequence[str], decision_threshold: float, *, top1: bool) -> list[Result]:
-        probability = self.probability(slice(None))
-        author = self._author()
+    def _rows(
+        self,
+        probability: Floats,
+        author: NDArray[np.int32],
+        names: Sequence[str],
+        decision_threshold: float,
+        *,
+        top1: bool,
+    ) -> list[Result]:
         side = np.where(
             self._status == _DONE, self._route == POSITIVE, probability > decision_threshold
         )
@@ -212,9 +219,14 @@ class Tally:
             for i, (p, label, stage, status) in enumerate(rows)
         ]
 
-    def _author(self) -> NDArray[np.int32]:
-        """Number of the stage whose answer stands, -1 for none."""
-        return np.where(self._floor > self._vote(slice(None)), self._raiser, self._voter)
+    def _answers(self) -> tuple[Floats, NDArray[np.int32]]:
+        """Combined probability of each sample, and the number of its stage, -1 for none."""
+        vote = self._vote(slice(None))
+        raised = self._floor > vote
+        return (
+            np.where(raised, self._floor, vote),
+            np.where(raised, self._raiser, self._voter),
+        )
 
     def _vote(self, index: Indices | slice) -> Floats:
         weight = self._weight[index]
