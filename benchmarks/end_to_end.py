@@ -67,11 +67,15 @@ Answers = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Race:
-    """Times of one batch size, and which contestants answered as they must."""
+    """Times of one batch size, and which contestants answered as they must.
+
+    ``own_percent``: of each cascade on the CPU, its own time in percent of its stages' time.
+    """
 
     batch: int
     p50_ms: dict[str, float]
     passed: dict[str, bool]
+    own_percent: dict[str, float]
 
     @property
     def speedups(self) -> dict[str, float]:
@@ -85,6 +89,7 @@ class Race:
             "p50_ms": self.p50_ms,
             "passed": self.passed,
             "speedup": self.speedups,
+            "own_percent": self.own_percent,
         }
 
 
@@ -196,6 +201,7 @@ def race(subjects: Subjects, batch: int, repeats: int) -> Race:
                 scores[index] = torch.sigmoid(again[:, 0].float()).cpu().numpy()
         return scores, decided
 
+    cascades: dict[str, Cascade] = {}
     with ExitStack() as opened:
         calls: dict[str, Callable[[], Answers]] = {
             EAGER: lambda: by_hand(subjects.fast),
@@ -235,10 +241,16 @@ def race(subjects: Subjects, batch: int, repeats: int) -> Race:
                         np.array([r.stage == "first" for r in results]),
                     )
 
-                calls[f"cascade {mode}, {kind}" if GPU else f"cascade, {kind}"] = ours
+                name = f"cascade {mode}, {kind}" if GPU else f"cascade, {kind}"
+                calls[name], cascades[name] = ours, cascade
         passed = {name: _right(call(), wanted) for name, call in calls.items()}
         found = interleave(calls, warmup=3, repeats=repeats)
-    return Race(batch, {name: round(f.p50, 3) for name, f in found.items()}, passed)
+        own = {
+            name: round(100 * report.own_seconds / sum(s.counts.seconds for s in report.stages), 2)
+            for name, report in ((name, cascade.report()) for name, cascade in cascades.items())
+            if report.executor.mode == "cpu"
+        }
+    return Race(batch, {name: round(f.p50, 3) for name, f in found.items()}, passed, own)
 
 
 def _right(got: Answers, wanted: Answers) -> bool:
@@ -294,12 +306,13 @@ def main() -> None:
         print(f"batch {batch}")
         for name, ms in done.p50_ms.items():
             gain = f"{done.speedups[name]:.2f}x" if done.passed[name] else "wrong answers"
-            print(f"  {name:<36} {ms:>9.2f} ms  {gain}")
+            own = f", {done.own_percent[name]}% its own" if name in done.own_percent else ""
+            print(f"  {name:<36} {ms:>9.2f} ms  {gain}{own}")
         record["races"] = [r for r in record["races"] if r["batch"] != batch] + [done.to_dict()]
         record["races"].sort(key=lambda r: r["batch"])
         atomic.write_text(options.record, json.dumps(record, indent=1) + "\n")
     if options.picture:
-        races = [Race(r["batch"], r["p50_ms"], r["passed"]) for r in record["races"]]
+        races = [Race(r["batch"], r["p50_ms"], r["passed"], {}) for r in record["races"]]
         save_plot(races, options.picture, title(record["machine"]))
 
 

@@ -13,10 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from sn72engine import BuildOptions, Engine, ExportOptions, ShapeRange, Store, build, export
 from sn72engine.cascade import Cascade
+from sn72engine.cascade.report import CascadeReport
 from sn72engine.cascade.route import compact, route
 from sn72engine.cascade.spec import CascadeSpec, StageSpec
+from sn72engine.demo.models import preprocess_for, pretrained
 
 BATCH = 8
 STAGE_SECONDS = 0.010
@@ -55,11 +59,47 @@ def test_overhead(benchmark: Any, stages: int, kind: str, deadline: float | None
     images = [np.zeros((224, 224, 3), np.uint8)] * BATCH
     with Cascade(spec, objects) as cascade:
         results = benchmark(cascade, images, deadline=deadline)
-        report = cascade.report()
+        own_share(benchmark, cascade.report())
     assert len(results) == BATCH
-    elsewhere = sum(s.counts.seconds for s in report.stages)
+
+
+def own_share(benchmark: Any, report: CascadeReport) -> None:
+    """What of the calls so far was the cascade's own."""
+    elsewhere = sum(stage.counts.seconds for stage in report.stages)
     benchmark.extra_info["own_us_per_call"] = round(1e6 * report.own_seconds / report.calls, 1)
     benchmark.extra_info["own_percent_of_stages"] = round(100 * report.own_seconds / elsewhere, 2)
+
+
+@pytest.fixture(scope="module")
+def lite(tmp_path_factory: pytest.TempPathFactory) -> list[Engine]:
+    """EfficientNet-Lite0 and Lite2 as FP32 engines."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason="extra 'demo' is not installed")
+    folder = tmp_path_factory.mktemp("lite")
+    engines = []
+    for name in ("lite0", "lite2"):
+        shape = preprocess_for(name)
+        model = export(
+            pretrained(name),
+            ExportOptions(),
+            folder / f"{name}.onnx",
+            example=torch.zeros(1, *shape.shape),
+            preprocess=shape,
+        )
+        engines.append(build(model, BuildOptions(batch=ShapeRange(1, 8, 8)), store=Store(folder)))
+    return engines
+
+
+@pytest.mark.parametrize("deadline", [None, 60.0], ids=["no deadline", "deadline"])
+def test_overhead_of_models(benchmark: Any, lite: list[Engine], deadline: float | None) -> None:
+    """As :func:`test_overhead`, with models that take images of 224 and 260 pixels."""
+    stages = [
+        StageSpec(f"s{i}", engine=str(engine.folder), score="top1", high=1.0)
+        for i, engine in enumerate(lite)
+    ]
+    images = list(np.random.default_rng(0).integers(0, 256, (BATCH, 260, 260, 3), np.uint8))
+    with Cascade(CascadeSpec(tuple(stages)), mode="cpu") as cascade:
+        benchmark.pedantic(cascade, (images,), {"deadline": deadline}, rounds=20, warmup_rounds=2)
+        own_share(benchmark, cascade.report())
 
 
 @pytest.mark.parametrize("count", [1, 8, 64, 4096])

@@ -25,5 +25,7 @@ def test_end_to_end(benchmark: Any, subjects: end_to_end.Subjects, batch: int) -
         benchmark.extra_info[f"{name} p50_ms"] = ms
     for name, gain in race.speedups.items():
         benchmark.extra_info[f"{name} speedup"] = round(gain, 3)
+    for name, percent in race.own_percent.items():
+        benchmark.extra_info[f"{name} own_percent"] = percent
     benchmark.pedantic(lambda: None, rounds=1)  # what counts are the interleaved medians above
     assert all(race.passed.values()), race.passed
