@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         labels,
         table.seconds,
         ThresholdOptions(objective=options.objective, tolerance=options.tolerance),
+        names=table.names,
     )
 
     print(f"{len(labels)} pictures, {labels.mean():.0%} with roadwork")

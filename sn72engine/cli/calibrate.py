@@ -79,6 +79,7 @@ def execute(options: argparse.Namespace) -> Outcome:
         table.seconds,
         threshold_options,
         stage_labels=None if table.labels is None else list(table.labels),
+        names=table.names,
     )
     tuned = with_choice(spec, choice)
     if options.output is not None:

@@ -102,8 +102,9 @@ def compare(
         list(table.probabilities),
         labels[:half],
         table.seconds,
-        ThresholdOptions(task="top1", reference="last", tolerance=0.0),
+        ThresholdOptions(task="top1", reference="last"),
         stage_labels=[evaluation.merged(classes) for classes in table.labels],
+        names=table.names,
     )
     tuned = with_choice(full, choice)
     atomic.write_text(folder / "cascade.yaml", tuned.to_yaml(folder))

@@ -191,6 +191,8 @@ def choose(
     costs: Sequence[float],
     options: ThresholdOptions | None = None,
     stage_labels: Sequence[ArrayLike] | None = None,
+    *,
+    names: Sequence[str] = (),
 ) -> ThresholdChoice:
     """Choose stages and thresholds that reach a target at the least expected latency.
 
@@ -209,12 +211,16 @@ def choose(
         costs: seconds per sample of each stage.
         options: what to choose for; None for the defaults.
         stage_labels: for top1, the class that each stage gives each sample.
+        names: of the stages, for what is said of them; by default their numbers from 0.
 
     Raises:
         InputError: lengths differ, labels are too few or of one class, scores are no
             probabilities.
-        OptionError: a cost is not a positive number.
+        OptionError: a cost is not a positive number, or the number of names is not that of costs.
     """
+    if names and len(names) != len(costs):
+        raise OptionError(f"names={list(names)!r} must name all {len(costs)} stages")
+    titles = list(names) or [f"stage {k}" for k in range(len(costs))]
     options = options or ThresholdOptions()
     samples = check(stage_scores, labels, costs, options, stage_labels)
     fit, held_out = halves(samples, options.seed)
@@ -252,7 +258,7 @@ def choose(
                 strict=True,
             )
         ),
-        dropped=_dropped(chosen, by_subset, singles, target),
+        dropped=_dropped(chosen, by_subset, singles, target, titles),
         decision_threshold=chosen.config.decision,
         figures=figures,
         singles=tuple(_figures(held_out, options, s.config) for s in singles),
@@ -260,7 +266,7 @@ def choose(
         target_met=met,
         certified=certified,
         lower_bound=bound,
-        statement=judge.statement(chosen.config, certified, bound),
+        statement=judge.statement(chosen.config, certified, bound, titles),
         pareto=tuple(_point(held_out, judge.goal, c.config) for c in candidates),
         fitted_on=fit.count,
         certified_on=held_out.count,
@@ -342,20 +348,22 @@ class _Judge:
         outcome = run(self._samples, candidate.config)
         return self.goal.value(outcome.fp, outcome.fn)
 
-    def statement(self, config: Config, certified: bool, bound: float) -> str:
+    def statement(
+        self, config: Config, certified: bool, bound: float, titles: Sequence[str]
+    ) -> str:
         """The guarantee in words."""
         if self.trivial(config):
             return (
-                f"The choice is stage {config.kept[0]} alone, which is its own reference: there is "
-                "nothing to certify."
+                f"The choice is {titles[config.kept[0]]} alone, which is its own reference: "
+                "there is nothing to certify."
             )
         options = self._options
         count = self._samples.count
         level = f"{options.confidence:.6g}"
         if self._paired:
-            stage = self._reference.config.kept[0]
+            rival = titles[self._reference.config.kept[0]]
             loss = f" less {options.tolerance:.2%}" if options.tolerance else ""
-            claim = f"accuracy is at least that of stage {stage}{loss}"
+            claim = f"accuracy is at least that of {rival}{loss}"
             measured = f"it is at most {-bound:.2%} lower" if bound < 0 else f"{bound:.2%} higher"
         else:
             name = {"accuracy": "accuracy", "mcc": "MCC", "reward": "expected reward"}
@@ -387,6 +395,7 @@ def _dropped(
     by_subset: dict[tuple[int, ...], list[Candidate]],
     singles: list[Candidate],
     target: float,
+    titles: Sequence[str],
 ) -> tuple[Dropped, ...]:
     """Reasons, from the half that the choice was made on."""
     result = []
@@ -398,7 +407,7 @@ def _dropped(
             rival = max(better, key=lambda c: c.value)
             reason = (
                 f"alone it reaches {alone.value:.4f} at {_milliseconds(alone.cost)}, no more than "
-                f"stage {rival.config.kept[0]} with {rival.value:.4f} at "
+                f"{titles[rival.config.kept[0]]} with {rival.value:.4f} at "
                 f"{_milliseconds(rival.cost)}; "
             )
         else:

@@ -407,6 +407,11 @@ def test_a_stage_between_two_that_makes_no_difference_is_dropped() -> None:
 
 def test_a_dear_stage_no_better_than_the_cheap_one_is_dropped() -> None:
     scores, labels = drawn(500, (2.0,), seed=3)
+    with pytest.raises(OptionError, match="must name all 2 stages"):
+        choose([scores[0], scores[0]], labels, COSTS[:2], names=["cheap"])
+    named = choose([scores[0], scores[0]], labels, COSTS[:2], names=["cheap", "dear"])
+    assert named.statement.startswith("The choice is cheap alone")
+    assert "no more than cheap with" in named.dropped[0].reason
     choice = choose([scores[0], scores[0]], labels, COSTS[:2])
     assert choice.kept == (0,)
 
