@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from sn72engine import _deps, emulation, onnx_file
 from sn72engine.backends import get_backend
+from sn72engine.closing import Closing
 from sn72engine.engine import Engine, EngineFile, Manifest
 from sn72engine.errors import InputError, SessionError
 from sn72engine.model import OnnxModel, TensorSpec
@@ -35,7 +35,7 @@ _FILE = "model.onnx"
 FLOATS = ("float32", "float16", "float64")
 
 
-class TensorProbe:
+class TensorProbe(Closing):
     """An ONNX file, or the ONNX file of an engine, opened for looking inside.
 
     Use as a context manager, or call :meth:`close`: it keeps a copy of the weights on disk.
@@ -133,17 +133,6 @@ class TensorProbe:
     def close(self) -> None:
         """Remove the copy; calling it twice is allowed."""
         self._opened.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _fitted(self, batch: Mapping[str, _Array]) -> dict[str, _Array]:
         fitted = {}

@@ -11,8 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,6 +24,7 @@ from sn72engine.cascade.report import CascadeReport, Counters, ExecutorReport
 from sn72engine.cascade.result import Result
 from sn72engine.cascade.route import as_float32
 from sn72engine.cascade.spec import CascadeSpec
+from sn72engine.closing import Closing
 from sn72engine.decode import decode
 from sn72engine.errors import CascadeError, InputError, OptionError
 from sn72engine.events import CallEvent, Observe, notify
@@ -41,7 +41,7 @@ Flags = Mapping[str, ArrayLike]
 _PATIENCE = 5.0
 
 
-class Cascade:
+class Cascade(Closing):
     """Early-exit cascade over images. Thread-safe; use as a context manager, or close it.
 
     Each image is decoded once per call, at the size that the most demanding stage needs, and the
@@ -213,17 +213,6 @@ class Cascade:
                 log.warning("stage %s still runs; it is left open", spec.name)
             elif owned:
                 stage.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _make_executor(
         self, mode: Mode, graphs: GraphOptions, runtime: RuntimeOptions | None
