@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from sn72engine.doctor import cpu_name
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
     "torch",
@@ -30,9 +32,9 @@ def describe() -> dict[str, Any]:
     return {
         "date": today(),
         "gpu": gpu,
-        "device": torch.cuda.get_device_name() if gpu else processor(),
+        "device": torch.cuda.get_device_name() if gpu else cpu_name(),
         "driver": _driver() if gpu else None,
-        "processor": processor(),
+        "processor": cpu_name(),
         "commit": _commit(),
         "versions": versions(),
     }
@@ -60,23 +62,12 @@ def folder() -> str:
     """
     if torch.cuda.is_available():
         return slug(torch.cuda.get_device_name())
-    return f"cpu-{slug(processor())}"
+    return f"cpu-{slug(cpu_name())}"
 
 
 def slug(name: str) -> str:
     """Lower case, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
