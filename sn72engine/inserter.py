@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from sn72engine import _deps, bias_correction, formats, layers
+from sn72engine import _deps, bias_correction, formats, layers, opset
 from sn72engine.errors import QuantizationError
+from sn72engine.graph_order import reads
 from sn72engine.spec import QuantizedPrecision
 
 #: Domain of TensorRT's own operators.
@@ -99,9 +100,10 @@ class _Writer:
         self._weights = {tensor.name: tensor for tensor in proto.graph.initializer}
         self._readers: dict[str, list[Any]] = {}
         for node in proto.graph.node:
-            for name in node.input:
+            for name in reads(node):
                 self._readers.setdefault(name, []).append(node)
         self._results = {value.name for value in proto.graph.output}
+        self._names = {name for node in proto.graph.node for name in (*reads(node), *node.output)}
         self.corrected = 0
         self._activations: dict[tuple[Any, ...], str] = {}
         self._stored: dict[tuple[Any, ...], str] = {}
@@ -111,16 +113,27 @@ class _Writer:
         weight = self._weights.get(node.input[1])
         if weight is None:
             raise QuantizationError(f"{node.name}: {node.input[1]!r} is not a constant weight")
-        yield from self._activation(node, layer)
-        yield from self._weight(node, weight, layer)
+        prefix = self._prefix(node)
+        yield from self._activation(node, layer, prefix)
+        yield from self._weight(node, weight, layer, prefix)
 
-    def _activation(self, node: Any, layer: Layer) -> Iterator[Any]:
+    def _prefix(self, node: Any) -> str:
+        """What the names of a node's new tensors begin with: its own name, unless one is taken."""
+        prefix: str = node.name
+        while any(
+            name == f"{prefix}_bias" or name.startswith((f"{prefix}_x_", f"{prefix}_w_"))
+            for name in self._names
+        ):
+            prefix += "_"
+        return prefix
+
+    def _activation(self, node: Any, layer: Layer, prefix: str) -> Iterator[Any]:
         source, smooth = node.input[0], layer.smooth
         key = (source, layer.precision, layer.amax, None if smooth is None else smooth.tobytes())
         if key in self._activations:
             node.input[0] = self._activations[key]
             return
-        name = f"{node.name}_x"
+        name = f"{prefix}_x"
         if smooth is not None:
             self._store(self._onnx.numpy_helper.from_array(smooth, f"{name}_smooth"))
             yield self._node("Mul", [source, f"{name}_smooth"], [f"{name}_smoothed"])
@@ -178,7 +191,7 @@ class _Writer:
             output_dtype=self._onnx.TensorProto.FLOAT,
         )
 
-    def _weight(self, node: Any, weight: Any, layer: Layer) -> Iterator[Any]:
+    def _weight(self, node: Any, weight: Any, layer: Layer, prefix: str) -> Iterator[Any]:
         axis = layers.channel_axis(node, len(weight.dims))
         smooth = None if layer.smooth is None else layer.smooth.tobytes()
         key = (weight.name, layer.precision, axis, smooth)
@@ -188,10 +201,10 @@ class _Writer:
             if layer.smooth is not None:
                 values = values / (layer.smooth if axis == 0 else layer.smooth[:, None])
             if bias is not None:
-                self._correct(node, *bias, values, axis, layer)
+                self._correct(*bias, f"{prefix}_bias", values, axis, layer)
         if key not in self._stored:
-            self._stored[key] = result = f"{node.name}_w_dq"
-            yield from self._stored_weight(f"{node.name}_w", values, axis, layer.precision, result)
+            self._stored[key] = result = f"{prefix}_w_dq"
+            yield from self._stored_weight(f"{prefix}_w", values, axis, layer.precision, result)
         node.input[1] = self._stored[key]
         self._release(weight.name, node)
 
@@ -216,7 +229,7 @@ class _Writer:
         return (adder, place) if dims[-1:] == [channels] == [np.prod(dims)] else None
 
     def _correct(
-        self, node: Any, adder: Any, place: int, values: np.ndarray, axis: int, layer: Layer
+        self, adder: Any, place: int, fresh: str, values: np.ndarray, axis: int, layer: Layer
     ) -> None:
         """Give a product a bias of its own, without the mean error of its rounded weight."""
         assert layer.mean is not None
@@ -225,10 +238,8 @@ class _Writer:
         name = adder.input[place]
         bias = self._onnx.numpy_helper.to_array(self._weights[name])
         fixed = bias - bias_correction.shift(error, mean, axis).reshape(bias.shape)
-        adder.input[place] = f"{node.name}_bias"
-        self._store(
-            self._onnx.numpy_helper.from_array(fixed.astype(bias.dtype), adder.input[place])
-        )
+        self._store(self._onnx.numpy_helper.from_array(fixed.astype(bias.dtype), fresh))
+        adder.input[place] = fresh
         self._release(name, adder)
         self.corrected += 1
 
@@ -270,37 +281,31 @@ class _Writer:
         for tensor in tensors:
             self._graph.initializer.append(tensor)
             self._weights[tensor.name] = tensor
+            self._names.add(tensor.name)
         return [tensor.name for tensor in tensors]
 
     def _release(self, name: str, reader: Any) -> None:
-        """Drop a float weight once its last reader has another."""
+        """Drop a float weight once its last reader has another; a graph's result stays."""
         self._readers[name].remove(reader)
-        if self._readers[name]:
+        if self._readers[name] or name in self._results:
             return
-        for index, tensor in enumerate(self._graph.initializer):
-            if tensor.name == name:
-                del self._graph.initializer[index]
-                del self._weights[name]
-                return
+        del self._weights[name]
+        # Old files list weights among the inputs too.
+        for held in (self._graph.initializer, self._graph.input):
+            for index, tensor in enumerate(held):
+                if tensor.name == name:
+                    del held[index]
+                    break
 
     def _node(self, operator: str, inputs: list[str], outputs: list[str], **attributes: Any) -> Any:
+        self._names.update(outputs)
         return self._onnx.helper.make_node(
             operator, inputs, outputs, name=f"{outputs[0]}_{operator}", **attributes
         )
 
 
 def _raise_opset(onnx: Any, proto: Any, precisions: set[str]) -> None:
-    needed = max((_OPSET[precision] for precision in precisions), default=0)
-    for entry in proto.opset_import:
-        if entry.domain in ("", "ai.onnx") and entry.version < needed:
-            # The one operator whose inputs mean something else from 21 on.
-            moved = [n.name for n in proto.graph.node if n.op_type == "GroupNormalization"]
-            if moved and entry.version < 21 <= needed:
-                raise QuantizationError(
-                    f"{moved[0]}: GroupNormalization has another form in opset {needed}; export "
-                    f"with opset={needed}"
-                )
-            entry.version = needed
+    opset.lift(proto, max((_OPSET[precision] for precision in precisions), default=0))
     if precisions & set(formats.BLOCK):
         proto.opset_import.append(onnx.helper.make_opsetid(TRT, 1))
     if "nvfp4" in precisions:

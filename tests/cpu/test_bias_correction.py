@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from sn72engine import bias_correction, emulation, formats, layers, ranges
+from sn72engine.graph_order import reads
 from sn72engine.inserter import Layer, insert
 from sn72engine.quantizer import quantize
 from sn72engine.spec import QuantizeOptions
@@ -128,13 +129,64 @@ def test_a_bias_that_two_layers_share_is_corrected_for_each():
     assert np.abs(first - second).max() > 1e-3
 
 
+BRANCHES = """s = ReduceSum <keepdims = 0> (x) d = Cast <to = 9> (s) e = If (d) <
+    then_branch = t () => (float[N, 32] p) { p = Add (c, b) },
+    else_branch = f () => (float[N, 32] q) { q = MatMul (x, w) }>"""
+
+
+def test_weights_that_an_inner_graph_reads_stay():
+    proto = graph(
+        f"a = MatMul (x, w) c = Add (a, b) {BRANCHES} y = Identity (e)",
+        w=weights(1),
+        b=weights(2, (1, 32))[0],
+    )
+    x = weights(3, (5, 64))
+    before = run(proto, x, "e")[0]
+    assert insert(proto, {"p": Layer("int8", 4.0, mean=np.ones(64))}) == 1
+    assert {"w", "b"} <= {tensor.name for tensor in proto.graph.initializer}
+    np.testing.assert_allclose(run(proto, x, "e")[0], before, atol=0.5)
+
+
+@pytest.mark.parametrize("name", ["w", "b"])
+def test_a_weight_that_is_a_result_of_the_graph_stays(name):
+    proto = graph("a = MatMul (x, w) y = Add (a, b)", w=weights(1), b=weights(2, (1, 32))[0])
+    proto.graph.output.append(onnx.ValueInfoProto(name=name))
+    exact = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}[name]
+    assert insert(proto, {"p": Layer("int8", 4.0, mean=np.ones(64))}) == 1
+    np.testing.assert_array_equal(run(proto, weights(3, (5, 64)), name)[0], exact)
+
+
+def test_weights_that_are_listed_as_inputs_go_from_there_too():
+    proto = graph("a = MatMul (x, w) y = Add (a, b)", w=weights(1), b=weights(2, (1, 32))[0])
+    for name, shape in (("b", [32]), ("w", [64, 32])):
+        value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        proto.graph.input.insert(0, value)
+    assert insert(proto, {"p": Layer("int8", 4.0, mean=np.ones(64))}) == 1
+    assert [value.name for value in proto.graph.input] == ["x"]
+    assert run(proto, weights(3, (5, 64)))[0].shape == (5, 32)
+
+
+def test_names_that_the_graph_has_are_not_taken_again():
+    body = "a = MatMul (x, w) c = Add (a, p_bias) d = Add (c, p_x_dq) y = Add (d, p_bias)"
+    first, second = weights(2, (2, 32))
+    proto = graph(body, w=weights(1), p_bias=first, p_x_dq=second)
+    assert insert(proto, {"p": Layer("int8", 4.0, mean=np.ones(64))}) == 1
+    held = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    assert len(held) == len(proto.graph.initializer)
+    np.testing.assert_array_equal(held["p_bias"], first)
+    np.testing.assert_array_equal(held["p_x_dq"], second)
+    x = weights(3, (5, 64))
+    wanted = x @ weights(1) + 2 * first + second
+    np.testing.assert_allclose(run(proto, x)[0], wanted, atol=1.0)
+
+
 def graph(body: str, **constants: np.ndarray) -> onnx.ModelProto:
     """A graph of ``x`` and constants, whose first product is named ``p``."""
     proto = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 20]> g (float[N, 64] x) => (float[N, 32] y) '
         f"{{ {body} }}"
     )
-    used = {name for node in proto.graph.node for name in node.input}
+    used = {name for node in proto.graph.node for name in reads(node)}
     proto.graph.initializer.extend(
         onnx.numpy_helper.from_array(value, name)
         for name, value in constants.items()
