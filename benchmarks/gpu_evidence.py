@@ -230,7 +230,7 @@ def take(name: str, context: Context, path: Path) -> str:
             "cut_off": ended is None or ended.exit_code is None,
             "exit_code": None if ended is None else ended.exit_code,
             **step.collect(context),
-            "output": "" if ended is None else ended.output[-4000:],
+            "output": "" if ended is None else _placeless(ended.output, context)[-4000:],
         }
         atomic.write_text(path, json.dumps(record, indent=1) + "\n")
         context.lines.unlink(missing_ok=True)
@@ -240,9 +240,14 @@ def take(name: str, context: Context, path: Path) -> str:
 
 
 def _shown(command: Sequence[str], context: Context) -> list[str]:
-    """Without the places of this machine."""
-    words = [word.replace(f"{context.lines.parent}{os.sep}", "") for word in command[1:]]
-    return [Path(command[0]).name, *words]
+    """A command without the places of this machine."""
+    return [Path(command[0]).name, *(_placeless(word, context) for word in command[1:])]
+
+
+def _placeless(text: str, context: Context) -> str:
+    for place in (context.lines.parent, machine.ROOT, Path(tempfile.gettempdir())):
+        text = text.replace(f"{place}{os.sep}", "")
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

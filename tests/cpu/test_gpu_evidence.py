@@ -64,6 +64,13 @@ def test_the_motions(
         assert str(tmp_path) not in json.dumps(record["command"])
 
 
+@pytest.mark.parametrize("name", gpu_evidence.STEPS)
+def test_records_hold_no_place_of_this_machine(name: str, tmp_path: Path) -> None:
+    context = gpu_evidence.Context(tmp_path / "x.jsonl", 60.0, "", gpu=True)
+    command = gpu_evidence.STEPS[name].command(context)
+    assert not any(Path(word).is_absolute() for word in gpu_evidence._shown(command, context))
+
+
 def slow_step(seconds: float) -> gpu_evidence.Step:
     """Keeps one outcome at once and sleeps before the next."""
     code = (
