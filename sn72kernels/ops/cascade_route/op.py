@@ -275,7 +275,7 @@ def tuning_cases(device: torch.device, rows: int = 1048576) -> list[tuning.Case]
     """Calls to measure the configurations with."""
 
     cases = []
-    n = 64
+    n = min(64, rows)
     while n <= rows:
         args = (torch.randn(n, device=device), None, None, 0.15, 0.85, True, [8, n])
         cases.append(tuning.Case(STEPS, (n,), launch_route, reference.route, args))

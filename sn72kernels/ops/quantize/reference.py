@@ -33,7 +33,8 @@ def scale_of(x: torch.Tensor, granularity: str, fp8: bool) -> torch.Tensor:
         amax = rows.amax(0) if rows.shape[0] else size.new_zeros(x.shape[-1])
     else:
         amax = size.amax(-1)
-    scale = amax / (FP8_MAX if fp8 else INT8_MAX)
+    # A tensor: by a number, PyTorch on CUDA multiplies with the reciprocal, which rounds twice.
+    scale = amax / torch.full_like(amax, FP8_MAX if fp8 else INT8_MAX)
     # A magnitude so small that its scale is no normal number counts as zero.
     return torch.where(scale >= SMALLEST_SCALE, scale, torch.ones_like(scale))
 

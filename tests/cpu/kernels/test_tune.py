@@ -259,6 +259,12 @@ def test_wrong_results_do_not_agree() -> None:
     assert not tune.agrees(case, (x * float("nan"), x.int()))
 
 
+@pytest.mark.parametrize("folder", sorted(set(OPS.values())))
+@pytest.mark.parametrize("rows", [1, 48])
+def test_every_op_has_cases_at_small_sizes(folder: str, rows: int) -> None:
+    assert tune.cases(folder, torch.device("meta"), rows=rows)
+
+
 # --- the command ---------------------------------------------------------------------------
 
 
