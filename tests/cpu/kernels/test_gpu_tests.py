@@ -12,8 +12,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from sn72kernels import OPS
 
@@ -61,3 +63,13 @@ def test_without_a_card_they_are_skipped_with_the_reason() -> None:
     assert re.search(r"no CUDA device is visible to torch [\d.]+", done.stdout)
     assert re.search(r"\d+ skipped", done.stdout)
     assert "passed" not in done.stdout
+
+
+def test_advice_of_torch_compile_on_float32_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings are errors, and only where there is a card does it give this one."""
+    from torch._inductor import compile_fx
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    advise: Any = compile_fx._warn_tf32_disabled
+    advise.__wrapped__()
