@@ -185,7 +185,8 @@ def calibrate(
         if watched != set():
             bar.note("ranges")
             feeds = _feeds(model, data, bar)
-            averaged = _tensors_to_average(model, choice) if module is None else {}
+            wanted = module is None and options.bias_correction
+            averaged = _tensors_to_average(model, choice) if wanted else {}
             seen = ranges.collect(model.path, feeds, watched, scratch, means=averaged)
         bar.note(method)
         smooth: dict[str, np.ndarray] = {}
@@ -414,6 +415,8 @@ def _feeds(model: OnnxModel, data: Iterable[np.ndarray], bar: Progress) -> Itera
         if not fits:
             what = f"{getattr(batch, 'dtype', type(batch).__name__)}{np.shape(batch)}"
             raise CalibrationError(f"calibration batch {index} is {what}, the model takes {spec}")
+        if not batch.size:
+            raise CalibrationError(f"calibration batch {index} is empty: {batch.shape}")
         if not np.isfinite(batch).all():
             raise CalibrationError(f"calibration batch {index} holds NaN or infinite values")
         yield {spec.name: batch}

@@ -58,7 +58,8 @@ def collect(
             first axis is the batch.
 
     Raises:
-        CalibrationError: there is no batch, or a tensor became NaN or infinite.
+        CalibrationError: there is no batch, a tensor became NaN or infinite, or ONNX Runtime
+            cannot run the file.
     """
     ort = _deps.require("onnxruntime", purpose="collect activation ranges")
     settings = ort.SessionOptions()
@@ -66,9 +67,14 @@ def collect(
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory(prefix=".sn72.", dir=folder) as scratch:
         names = _augment(path, Path(scratch) / path.name, tensors, means or {})
-        session = ort.InferenceSession(
-            str(Path(scratch) / path.name), settings, providers=["CPUExecutionProvider"]
-        )
+        try:
+            session = ort.InferenceSession(
+                str(Path(scratch) / path.name), settings, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its own, of several types
+            raise CalibrationError(
+                f"ONNX Runtime, which collects ranges, cannot load {path.name}: {error}"
+            ) from error
         return _watch(session, names, list(means or {}), feeds)
 
 
@@ -86,7 +92,12 @@ def _watch(
     high = np.full(len(names), -np.inf)
     batches = 0
     for batches, feed in enumerate(feeds, 1):
-        given = session.run(wanted, dict(feed))
+        try:
+            given = session.run(wanted, dict(feed))
+        except Exception as error:
+            raise CalibrationError(
+                f"ONNX Runtime, which collects ranges, failed on batch {batches - 1}: {error}"
+            ) from error
         found = np.array([float(value) for value in given[: 2 * len(names)]])
         least, most = found[: len(names)], found[len(names) :]
         bad = np.flatnonzero(~(np.isfinite(least) & np.isfinite(most)))

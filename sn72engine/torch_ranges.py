@@ -45,8 +45,9 @@ class LayerRange:
 
     Attributes:
         amax: largest magnitude to hold; 0 where the format needs none.
-        mean: of each input channel, float64 (inputs,).
-        smooth: factor of each input channel, float32 (inputs,); None but for SmoothQuant.
+        mean: of each input channel, over all calls of the layer, float64 (inputs,).
+        smooth: factor of each input channel, float32 (inputs,); None but for SmoothQuant, which
+            is for matrix products.
     """
 
     amax: float
@@ -203,16 +204,21 @@ def _run(
 
 
 class _Mean:
-    """Watches the input of a layer of the twin, which nobody else holds."""
+    """Watches the input of a layer of the twin, which nobody else holds.
+
+    The layer hands it to its quantizer by position, however it was called itself.
+    """
 
     def __init__(self, layer: Any) -> None:
         self._sum: Any = 0.0
         self._rows = 0
-        self._axis = -1 if getattr(layer, "kernel_size", None) is None else 1
-        layer.register_forward_pre_hook(self._see)
+        # Counted from the end: a convolution takes an image without a batch, too.
+        self._axis = -1 - len(getattr(layer, "kernel_size", ()))
+        layer.input_quantizer.register_forward_pre_hook(self._see)
 
-    def _see(self, _layer: Any, inputs: tuple[Any, ...]) -> None:
-        rows = inputs[0].detach().movedim(self._axis, -1).flatten(0, -2).float()
+    def _see(self, _quantizer: Any, inputs: tuple[Any, ...]) -> None:
+        last = inputs[0].detach().movedim(self._axis, -1)
+        rows = last.reshape(-1, last.shape[-1]).float()
         # The sum of a batch's mean: float32 would lose small values in long sums.
         self._sum = self._sum + rows.mean(0).double() * len(rows)
         self._rows += len(rows)
@@ -234,8 +240,9 @@ def _range_of(
     smooth = None
     if method == "smoothquant":
         amax = quantizer.amax
-        if precision == "int8":
-            smooth = quantizer.pre_quant_scale.detach().float().cpu().numpy().reshape(-1).copy()
+        scale = quantizer.pre_quant_scale  # a convolution has none
+        if precision == "int8" and scale is not None:
+            smooth = scale.detach().float().cpu().numpy().reshape(-1).copy()
     elif method == "entropy" and precision == "int8":
         amax = quantizer._calibrator.compute_amax("entropy", stride=STRIDE)
     else:

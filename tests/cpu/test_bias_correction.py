@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from sn72engine import bias_correction, emulation, formats, layers, ranges
+from sn72engine.errors import CalibrationError
 from sn72engine.graph_order import reads
 from sn72engine.inserter import Layer, insert
 from sn72engine.quantizer import quantize
@@ -213,6 +214,23 @@ def test_means_of_a_file_are_those_of_its_tensors(tmp_path, opset):
     assert set(found.ranges) == {"x", "y"}
     np.testing.assert_allclose(found.means["x"], x.mean((0, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(found.means["y"], np.maximum(x, 0).mean((0, 1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("z = sn72.Unknown (x)", "cannot load m.onnx: .*Unknown"),
+        ("n = Constant <value_ints = [7]> () z = Reshape (x, n)", "failed on batch 0: .*Reshape"),
+    ],
+)
+def test_a_file_that_cannot_run_is_no_calibration(body, message, tmp_path):
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18, "sn72" : 1]> g (float[N, 6] x) => (float z) '
+        f"{{ {body} }}"
+    )
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(CalibrationError, match=message):
+        ranges.collect(tmp_path / "m.onnx", [{"x": np.ones((2, 6), np.float32)}], ["x"])
 
 
 @pytest.mark.parametrize("by_module", [True, False])

@@ -353,6 +353,7 @@ def spoilt(value: float) -> np.ndarray:
     [
         ((images(1), images(1)[:, :2]), r"batch 1 is float32\(1, 2, 16, 16\), the model takes"),
         ((images(1).astype(np.float64),), r"batch 0 is float64"),
+        ((images(2), images(2)[:0]), r"batch 1 is empty: \(0, 3, 16, 16\)"),
         ((spoilt(np.nan),), "batch 0 holds NaN"),
         ((images(1), spoilt(np.inf)), "batch 1 holds NaN or infinite"),
         (

@@ -78,6 +78,60 @@ def test_means_are_those_of_each_channel_whatever_the_layer_and_batch():
     np.testing.assert_allclose(found["linear"].mean, inner.mean((0, 1, 2)), rtol=1e-5, atol=1e-6)
 
 
+class One(nn.Module):
+    """One layer, called with its input by name."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(input=x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "axis"),
+    [
+        (nn.Linear(16, 16), (4, 3, 16), 2),
+        (nn.Linear(16, 16), (16,), 0),
+        (nn.Conv1d(16, 16, 3), (4, 16, 5), 1),
+        (nn.Conv2d(16, 32, 3, groups=4, dilation=2), (4, 16, 6, 7), 1),
+        (nn.Conv2d(16, 16, 3), (16, 6, 7), 0),
+        (nn.Conv3d(16, 16, 2), (4, 16, 2, 3, 4), 1),
+    ],
+)
+def test_means_are_those_of_the_channel_axis(layer, shape, axis):
+    x = np.random.default_rng(4).random(shape, dtype=np.float32)
+    found = torch_ranges.collect(One(layer), {"layer": "fp8"}, [x], "max")["layer"]
+    others = tuple(i for i in range(x.ndim) if i != axis)
+    np.testing.assert_allclose(found.mean, x.mean(others), rtol=1e-5)
+    assert found.amax == pytest.approx(x.max())
+
+
+def test_a_layer_that_is_called_twice_has_the_mean_of_both_calls():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) + self.layer(x[:, :1] + 3)
+
+    x = np.random.default_rng(5).random((4, 2, 16), dtype=np.float32)
+    found = torch_ranges.collect(Twice(), {"layer": "fp8"}, [x], "max")["layer"]
+    rows = np.concatenate([x.reshape(8, 16), x[:, 0] + 3])
+    np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-5)
+
+
+def test_smoothing_leaves_convolutions_to_their_largest_magnitude():
+    module = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(64, 16))
+    x = np.random.default_rng(6).random((4, 16, 2, 2), dtype=np.float32)
+    found = torch_ranges.collect(module, {"0": "int8", "2": "int8"}, [x], "smoothquant")
+    assert found["0"].smooth is None
+    assert found["0"].amax == pytest.approx(x.max())
+    assert found["2"].smooth.shape == (64,)
+
+
 @pytest.mark.parametrize("method", ["max", "smoothquant"])
 def test_smoothed_layers_have_their_means_unsmoothed(method):
     given = batches()
