@@ -11,6 +11,7 @@ at all, and so nobody gets a speed-up over it, nor it over anybody.
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 import warnings
@@ -123,8 +124,12 @@ def speedups(timings: Sequence[Timing]) -> dict[str, float]:
 
 
 def bytes_of(*tensors: torch.Tensor) -> int:
-    """Bytes of the elements of ``tensors``: the model's reads or writes of one call."""
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Bytes of the elements of ``tensors``; what an expanded one repeats counts once."""
+    return sum(
+        t.element_size()
+        * math.prod(n for n, step in zip(t.shape, t.stride(), strict=True) if step or n == 0)
+        for t in tensors
+    )
 
 
 def cold_ms(
@@ -134,7 +139,8 @@ def cold_ms(
 
     Args:
         call: capturable in a CUDA graph: no waiting, no shapes that depend on data.
-        arguments: tensors among them are copied as often as needed; other values are shared.
+        arguments: tensors among them, and in lists among them, are copied as often as needed;
+            other values are shared.
         calls: calls in the graph, at least.
         replays: replays of the graph; the median is taken over them.
 
@@ -356,11 +362,9 @@ def _cuda_products(device: torch.device) -> dict[str, float]:
 
 def _checked_call(call: Callable[..., Any], arguments: Sequence[Any], *, poison: bool) -> Any:
     """The result of a call on copies of the arguments."""
-    import torch
-
     from sn72kernels.testing import poisoned
 
-    own = [v.clone() if isinstance(v, torch.Tensor) else v for v in arguments]
+    own = [_copy(value) for value in arguments]
     if not poison:
         return call(*own)
     with warnings.catch_warnings(), poisoned():
@@ -383,13 +387,35 @@ def _host_ms(call: Callable[..., object], arguments: Sequence[Any], count: int) 
 def _copies(arguments: Sequence[Any]) -> list[tuple[Any, ...]]:
     import torch
 
-    tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
     facts = devices.facts(torch.device("cuda", torch.cuda.current_device()))
-    count = sets_needed(bytes_of(*tensors), facts.l2_bytes, facts.memory_bytes)
-    return [
-        tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in arguments)
-        for _ in range(count)
-    ]
+    count = sets_needed(bytes_of(*tensors_of(arguments)), facts.l2_bytes, facts.memory_bytes)
+    return [tuple(_copy(value) for value in arguments) for _ in range(count)]
+
+
+def _copy(value: Any) -> Any:
+    """A copy of a tensor, or of those in a list, as it lies in memory; anything else as it is."""
+    import torch
+
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copy(part) for part in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    # An expanded tensor is read from the cache: each of its copies would come from memory.
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())
+    return value[once].clone().expand(value.shape)
+
+
+def tensors_of(arguments: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors among ``arguments`` and in lists among them."""
+    import torch
+
+    found: list[torch.Tensor] = []
+    for value in arguments:
+        if isinstance(value, (list, tuple)):
+            found += tensors_of(value)
+        elif isinstance(value, torch.Tensor):
+            found.append(value)
+    return found
 
 
 def _capture(

@@ -193,6 +193,6 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _cold(case: Case) -> bool:
-    tensors = [a for a in case.arguments if isinstance(a, torch.Tensor)]
     facts = devices.facts(case.device)
-    return bench.is_cold(bench.bytes_of(*tensors), facts.l2_bytes, facts.memory_bytes)
+    size = bench.bytes_of(*bench.tensors_of(case.arguments))
+    return bench.is_cold(size, facts.l2_bytes, facts.memory_bytes)

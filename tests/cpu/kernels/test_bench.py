@@ -240,6 +240,24 @@ def test_calls_of_a_graph_go_round_over_the_copies(monkeypatch: pytest.MonkeyPat
     assert bench.cold_ms(device.call, x) == device.CALL_MS
 
 
+def test_copies_lie_in_memory_as_what_they_are_copies_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table for all samples stays one table, and tensors in lists are not left in the cache."""
+    Device(monkeypatch)
+    table = torch.rand(1, 4, 8).expand(32, -1, -1)
+    turned = torch.rand(5, 4, 8).transpose(0, 1)
+    assert bench.bytes_of(table) == 4 * 8 * 4
+    assert bench.bytes_of(table[:, :0], torch.zeros(())) == 4
+    first, second = bench._copies((table, [turned, 3], None))[:2]
+    for ours, (others, number), nothing in (first, second):
+        assert torch.equal(ours, table)
+        assert ours.stride() == table.stride()
+        assert torch.equal(others, turned)
+        assert others.stride() == turned.stride()
+        assert (number, nothing) == (3, None)
+    places = {t.data_ptr() for t in bench.tensors_of((table, turned, first, second))}
+    assert len(places) == 6
+
+
 def test_what_cannot_be_captured_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(monkeypatch)
 
