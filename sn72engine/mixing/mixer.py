@@ -85,8 +85,11 @@ def mix(
         raise InputError(f"{len(labels)} labels for {check.samples} samples of check")
     choices = _choices(model, options)
     # The format that takes most nodes takes those of all others; INT8 also needs ranges that the
-    # others do not.
-    widest = max(choices, key=lambda name: (len(choices[name].precisions), name == "int8"))
+    # others do not, and MXFP8 none at all.
+    widest = max(
+        choices,
+        key=lambda name: (len(choices[name].precisions), name == "int8", name != "mxfp8"),
+    )
     wide, base = _quantize_options(options, widest), choices[widest]
     prices = _prices(model, choices, options, costs)
     found = calibrate(model, data, wide, base, module=module, folder=path.parent, progress=progress)

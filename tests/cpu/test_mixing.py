@@ -22,7 +22,8 @@ from sn72engine.mixing.search import Point, assignment, furthest, hull, order
 from sn72engine.model import OnnxModel
 from sn72engine.quantizer import quantize
 from sn72engine.spec import CalibrationOptions, QuantizeOptions, VerifyOptions
-from tests import tiny_models
+from tests import tiny_models, tiny_modules
+from tests.quantized_models import data, exported
 
 WIDTH, LAYERS = 32, 4
 
@@ -200,6 +201,22 @@ def test_a_bound_that_nothing_keeps_is_refused_with_the_figure(tmp_path: Path) -
     with pytest.raises(QuantizationError, match=r"already with 1 of 4 steps, .*1e-09"):
         mix(network(tmp_path / "n.onnx"), samples(1), samples(2), options, tmp_path / "m.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["n.onnx"]
+
+
+def test_ranges_of_a_module_serve_every_format(tmp_path: Path) -> None:
+    """MXFP8 needs none, whatever the order in which the formats are named."""
+    options = MixOptions(
+        formats=("mxfp8", "fp8"),
+        minimise="bytes",
+        card="rtx5090",
+        verify=VerifyOptions(min_cosine=0.0, min_agreement=0.0, min_speedup=None),
+    )
+    found = mix(
+        *(exported("transformer"), data(16), data(8, seed=3), options, tmp_path / "m.onnx"),
+        module=tiny_modules.transformer(),
+    )
+    for layer in found.layers:
+        assert layer.point("fp8").damage < 0.01
 
 
 def test_costs_given_decide(tmp_path: Path) -> None:
