@@ -45,6 +45,12 @@ class RowTile:
 # What measuring may change of a RowTile: never the columns, which have to cover the row.
 ROW_CHOICES: dict[str, tuple[int, ...]] = {"rows": (1, 2, 4, 8, 16), "warps": (1, 2, 4, 8, 16)}
 
+
+def fits_registers(tile: RowTile) -> bool:
+    """Whether a thread has at most 64 elements: with more it spills, after minutes of compiling."""
+    return tile.rows * tile.cols <= 64 * 32 * tile.warps
+
+
 # Row lengths that are measured: the widths of ViT-S to ViT-g and of their MLPs.
 WIDTHS = (384, 768, 1024, 1536, 3072, 4096)
 
@@ -118,18 +124,20 @@ class Tunable(Generic[Config]):
         name: op and kernel, ``"quantize.token"``; unique.
         rule: the configuration for a key, a pure function. Its name is what ``explain`` shows.
         vary: field -> values that measuring tries; every other field stays as the rule has it.
+        usable: which combinations are worth compiling.
     """
 
     name: str
     rule: Callable[..., Config]
     vary: Mapping[str, tuple[int, ...]]
+    usable: Callable[[Config], bool] = lambda _: True
 
     def candidates(self, *key: object) -> tuple[Config, ...]:
-        """The rule's configuration for ``key``, then every combination of ``vary``."""
+        """The rule's configuration for ``key``, then every usable combination of ``vary``."""
         first = self.rule(*key)
         combinations = itertools.product(*self.vary.values())
         others = (replace(first, **dict(zip(self.vary, c, strict=True))) for c in combinations)  # type: ignore[type-var]
-        return tuple(dict.fromkeys((first, *others)))
+        return tuple(dict.fromkeys((first, *filter(self.usable, others))))
 
     def config(self, device: torch.device, *key: object) -> Config:
         """The configuration to launch with: the measured one where there is one, else the rule's.

@@ -106,8 +106,12 @@ def backward_config(cols: int) -> tuning.RowTile:
     return tuning.row_tile(cols, 4, widest=8192, tile_bytes=8192, thread_bytes=32)
 
 
-FORWARD_TILE = tuning.Tunable("layernorm_gelu.forward", tile_config, tuning.ROW_CHOICES)
-BACKWARD_TILE = tuning.Tunable("layernorm_gelu.backward", backward_config, tuning.ROW_CHOICES)
+FORWARD_TILE = tuning.Tunable(
+    "layernorm_gelu.forward", tile_config, tuning.ROW_CHOICES, tuning.fits_registers
+)
+BACKWARD_TILE = tuning.Tunable(
+    "layernorm_gelu.backward", backward_config, tuning.ROW_CHOICES, tuning.fits_registers
+)
 
 
 # --- launchers -----------------------------------------------------------------------------

@@ -126,8 +126,10 @@ def token_config(cols: int) -> tuning.RowTile:
     return tuning.row_tile(cols, 2, widest=16384, tile_bytes=8192, thread_bytes=32)
 
 
-TILE = tuning.Tunable("quantize.tile", tile_config, tuning.ROW_CHOICES)
-TOKEN_TILE = tuning.Tunable("quantize.token", token_config, tuning.ROW_CHOICES)
+TILE = tuning.Tunable("quantize.tile", tile_config, tuning.ROW_CHOICES, tuning.fits_registers)
+TOKEN_TILE = tuning.Tunable(
+    "quantize.token", token_config, tuning.ROW_CHOICES, tuning.fits_registers
+)
 
 
 def launch_static(
