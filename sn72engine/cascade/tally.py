@@ -52,6 +52,7 @@ class Tally:
     def __init__(self, count: int) -> None:
         self._sum = np.zeros(count, np.float64)
         self._weight = np.zeros(count, np.float64)
+        self._vote = np.full(count, UNKNOWN, np.float32)  # the mean that these two make
         self._voter = np.full(count, -1, np.int32)
         self._floor = np.zeros(count, np.float32)
         self._raiser = np.full(count, -1, np.int32)
@@ -93,15 +94,17 @@ class Tally:
         else:
             if combine == "replace":
                 self._sum[index] = self._weight[index] = self._floor[index] = 0
-            self._sum[index] += np.float64(weight) * scores
-            self._weight[index] += weight
+            total = self._sum[index] + np.float64(weight) * scores
+            share = self._weight[index] + weight
+            self._sum[index], self._weight[index] = total, share
+            self._vote[index] = total / share  # rounded once, to float32
             self._voter[index] = stage
         self._status[index] = _UNDECIDED
         return index, self.probability(index)
 
     def probability(self, index: Indices) -> Floats:
         """Combined probability, float32 in [0, 1]; 0.5 where there is none yet."""
-        probability: Floats = np.maximum(self._vote(index), self._floor[index])
+        probability: Floats = np.maximum(self._vote[index], self._floor[index])
         return probability
 
     def label(self, index: Indices, labels: NDArray[Any]) -> None:
@@ -140,7 +143,10 @@ class Tally:
         """
         if (samples["status"] >= len(_STATUS_OF_CODE)).any():
             raise CascadeError(f"the GPU has not answered samples {index}; please report this")
-        self._sum[index], self._weight[index] = samples["sum"], samples["weight"]
+        total, share = samples["sum"], samples["weight"]
+        self._sum[index], self._weight[index] = total, share
+        known = share > 0
+        self._vote[index] = np.where(known, total / np.where(known, share, 1.0), UNKNOWN)
         self._floor[index], self._route[index] = samples["floor"], samples["route"]
         for numbers, field in ((self._voter, "voter"), (self._raiser, "raiser")):
             number = samples[field].astype(np.int32)
@@ -221,18 +227,11 @@ class Tally:
 
     def _answers(self) -> tuple[Floats, NDArray[np.int32]]:
         """Combined probability of each sample, and the number of its stage, -1 for none."""
-        vote = self._vote(slice(None))
-        raised = self._floor > vote
+        raised = self._floor > self._vote
         return (
-            np.where(raised, self._floor, vote),
+            np.where(raised, self._floor, self._vote),
             np.where(raised, self._raiser, self._voter),
         )
-
-    def _vote(self, index: Indices | slice) -> Floats:
-        weight = self._weight[index]
-        mean = np.full(weight.shape, UNKNOWN, np.float32)
-        np.divide(self._sum[index], weight, out=mean, where=weight > 0, casting="same_kind")
-        return mean
 
     def _close(self, index: Indices, status: int) -> None:
         self._status[index] = status
