@@ -88,7 +88,8 @@ class CompareOptions(Options):
         ignore_below: root mean square of a difference that never counts, for tensors that are
             zero but for rounding.
         batch: samples per call.
-        samples: most samples to compare on, in whole batches; the worst call counts.
+        samples: most samples to compare on, in whole batches, of which there is at least one; the
+            worst call counts.
         memory_bytes: bound on the tensors of both that are held at once.
         seed: of the random input, where none is given.
     """
@@ -527,7 +528,7 @@ def _batches(
 ) -> list[dict[str, _Array]]:
     """At most ``samples`` samples, in whole batches, by input name."""
     if inputs is None:
-        rounds = -(-options.samples // options.batch)
+        rounds = max(options.samples // options.batch, 1)
         return [
             random_inputs(first.inputs, options.batch, options.seed + turn)
             for turn in range(rounds)
@@ -536,7 +537,7 @@ def _batches(
         if len(first.inputs) != 1:
             listed = ", ".join(spec.name for spec in first.inputs)
             raise InputError(f"{first.name} has the inputs {listed}: give arrays by name")
-        inputs = {first.inputs[0].name: _rows(inputs, options.samples)}
+        inputs = {first.inputs[0].name: _rows(inputs, max(options.samples, options.batch))}
     counts = {name: len(array) for name, array in inputs.items()}
     if len(set(counts.values())) != 1 or min(counts.values()) < options.batch:
         raise InputError(

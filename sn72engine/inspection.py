@@ -32,7 +32,7 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         JSON-ready values; ``weights`` maps a NumPy dtype name to ``{"tensors", "bytes"}``.
 
     Raises:
-        InputError: the file is absent or is not ONNX.
+        InputError: the file or its weight file is absent, or it is not ONNX.
     """
     onnx = _deps.require("onnx", purpose="inspect an ONNX file")
     model = OnnxModel.open(path)
@@ -43,11 +43,10 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         entry = weights.setdefault(dtype, {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["bytes"] += onnx_graph.tensor_bytes(onnx, tensor)
-    files = (model.path, *model.external_files())
     return {
         "kind": "onnx",
         "path": str(path),
-        "bytes": sum(file.stat().st_size for file in files),
+        "bytes": model.size(),
         "opset": {o.domain or "ai.onnx": o.version for o in proto.opset_import},
         "inputs": [spec.to_dict() for spec in model.inputs],
         "outputs": [spec.to_dict() for spec in model.outputs],

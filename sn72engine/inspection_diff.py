@@ -7,7 +7,8 @@ are told apart.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,8 @@ class InspectionDiff:
     Attributes:
         paths: of both.
         facts: everything but layers.
-        added, removed: names of layers that only b, and only a, has.
+        added, removed: names of layers that only b, and only a, has; of layers of one name those
+            after the first are numbered.
         changed: facts of layers that both have, named ``layer: fact``.
         layers: how many a and b have.
     """
@@ -103,8 +105,7 @@ class InspectionDiff:
 def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> InspectionDiff:
     """Compare two reports of :mod:`sn72engine.inspection`, of whatever kind each is."""
     facts = tuple(_changes(_identity(a), _identity(b)))
-    old = {layer["name"]: layer for layer in a.get("layers", ())}
-    new = {layer["name"]: layer for layer in b.get("layers", ())}
+    old, new = _by_name(a.get("layers", ())), _by_name(b.get("layers", ()))
     changed = tuple(
         Change(f"{name}: {fact}", old[name][fact], new[name][fact])
         for name in old
@@ -120,6 +121,16 @@ def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> InspectionDiff:
         changed=changed,
         layers=(len(old), len(new)),
     )
+
+
+def _by_name(layers: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    counts: Counter[str] = Counter()
+    found = {}
+    for layer in layers:
+        name = layer["name"]
+        counts[name] += 1
+        found[name if counts[name] == 1 else f"{name} ({counts[name]})"] = layer
+    return found
 
 
 def _identity(report: Mapping[str, Any]) -> dict[str, Any]:

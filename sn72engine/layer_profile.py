@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sn72engine.engine_folder import open_engine
 from sn72engine.errors import InputError
 from sn72engine.introspection import layers_of, timed_runs
@@ -208,7 +210,8 @@ def profile(
         runtime: how the engine is run.
 
     Raises:
-        InputError: the batch lies outside the engine's range, or an input is missing.
+        InputError: the batch lies outside the engine's range, or an input is missing or holds
+            another number of samples.
         SessionError: the engine cannot be run here.
         EngineCorruptError: a file in the folder does not match its recorded hash.
     """
@@ -226,6 +229,13 @@ def profile(
     missing = [spec.name for spec in manifest.inputs if spec.name not in inputs]
     if missing:
         raise InputError(f"input {missing[0]!r} is missing; given: {', '.join(inputs) or 'none'}")
+    for spec in manifest.inputs:
+        shape = np.shape(inputs[spec.name])
+        if spec.shape and isinstance(spec.shape[0], str) and shape[:1] != (options.batch,):
+            raise InputError(
+                f"input {spec.name!r} has shape {shape}, and batch={options.batch}: give as many "
+                "samples"
+            )
     runs = timed_runs(engine, inputs, options.warmup + options.repeats, runtime)[options.warmup :]
     return LayerProfile(
         engine=f"{manifest.key[:12]} ({manifest.backend} {manifest.precision})",

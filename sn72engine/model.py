@@ -101,6 +101,19 @@ class OnnxModel:
         }
         return tuple(self.path.parent / name for name in sorted(names))
 
+    def size(self) -> int:
+        """Bytes of the ONNX file and every external weight file.
+
+        Raises:
+            InputError: a weight file is absent.
+        """
+        try:
+            return sum(path.stat().st_size for path in (self.path, *self.external_files()))
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{self.path}: weight file {error.filename} is absent; keep it beside the ONNX file"
+            ) from error
+
     def sha256(self) -> str:
         """Hash of the ONNX file and every external weight file."""
         digest = hashlib.sha256()

@@ -82,7 +82,7 @@ def execute(options: argparse.Namespace) -> Outcome:
         preprocess=options.preprocess,
     )
     record = model.record["export"]
-    size = sum(p.stat().st_size for p in (model.path, *model.external_files()))
+    size = model.size()
     rows: list[tuple[str, object]] = [
         ("file", f"{model.path} ({megabytes(size)})"),
         ("inputs", "; ".join(map(str, model.inputs))),

@@ -114,6 +114,6 @@ def execute(options: argparse.Namespace) -> Outcome:
     )
     if options.plot:
         mixture.save_plot(options.plot)
-    sizes = [options.model.stat().st_size, mixture.model.path.stat().st_size]
+    sizes = [model.size(), mixture.model.size()]
     told = f"{mixture.model.path} ({megabytes(sizes[0])} -> {megabytes(sizes[1])})"
     return Outcome(mixture.to_dict(), f"{mixture.render()}\n{table([('file', told)])}")

@@ -112,7 +112,7 @@ def execute(options: argparse.Namespace) -> Outcome:
         options.output,
     )
     record = dict(quantized.quantization or {})
-    sizes = [options.model.stat().st_size, quantized.path.stat().st_size]
+    sizes = [model.size(), quantized.size()]
     products = record["quantised"] + len(record["skipped"])
     rows: list[tuple[str, object]] = [
         ("file", f"{quantized.path} ({megabytes(sizes[0])} -> {megabytes(sizes[1])})"),

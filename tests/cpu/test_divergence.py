@@ -259,6 +259,19 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, model: OnnxModel) ->
         CompareOptions(search="deep")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["array", "batches", "random"])
+@pytest.mark.parametrize(("batch", "samples", "used"), [(6, 4, 6), (3, 4, 3), (2, 4, 4)])
+def test_samples_come_in_whole_batches_of_which_there_is_one(
+    tmp_path: Path, kind: str, batch: int, samples: int, used: int
+) -> None:
+    model = tiny_models.convolution(tmp_path / "m.onnx")
+    array = np.random.default_rng(0).standard_normal((9, 3, 16, 16)).astype(np.float32)
+    inputs = {"array": array, "batches": [array[:1], array[1:]], "random": None}[kind]
+    options = CompareOptions(batch=batch, samples=samples)
+    report = compare(model, model, inputs, options)
+    assert (report.samples, report.parted) == (used, False)
+
+
 def test_tensorrt_needs_the_onnx_file_and_a_gpu(tmp_path: Path) -> None:
     import torch
 

@@ -69,6 +69,9 @@ def test_weights_in_a_second_file_count(tmp_path: Path) -> None:
     second = tmp_path / "m.onnx.data"
     assert report["bytes"] == model.path.stat().st_size + second.stat().st_size
     assert report["weights"] == {"float32": {"tensors": 2, "bytes": 4 * 15}}
+    second.unlink()
+    with pytest.raises(InputError, match=r"weight file .*m\.onnx\.data is absent"):
+        inspection.inspect_onnx(model.path)
 
 
 @given(

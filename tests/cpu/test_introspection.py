@@ -166,6 +166,18 @@ def test_diff_of_files_tells_what_was_added_removed_and_changed(tmp_path: Path) 
     json.dumps(found.to_dict())
 
 
+def test_diff_tells_layers_of_one_name_apart() -> None:
+    def report(*types: str) -> dict[str, object]:
+        rest = {"precision": "", "shape": [], "weight_bytes": 0, "fused": [], "runs_on": ""}
+        return {"path": "m", "layers": [{"name": "l", "op": op, **rest} for op in types]}
+
+    found = diff(report("Conv", "Relu"), report("Add", "Relu", "Mul"))
+    assert [(change.name, change.a, change.b) for change in found.changed] == [
+        ("l: op", "Conv", "Add")
+    ]
+    assert (found.added, found.removed, found.layers) == (("l (3)",), (), (2, 3))
+
+
 def test_diff_of_engines_tells_options_and_fingerprint(tmp_path: Path) -> None:
     model = tiny_models.convolution(tmp_path / "m.onnx")
     store = Store(tmp_path / "store")

@@ -96,6 +96,10 @@ def test_profile_refuses_what_does_not_fit(engine: Engine, tmp_path: Path) -> No
         profile(engine, ProfileOptions(batch=9))
     with pytest.raises(InputError, match="'pixel_values' is missing; given: x"):
         profile(engine, inputs={"x": np.zeros(1)})
+    given = {"pixel_values": np.zeros((2, 3, 16, 16), np.float32)}
+    with pytest.raises(InputError, match=r"shape \(2, 3, 16, 16\), and batch=1"):
+        profile(engine, inputs=given)
+    assert profile(engine, ProfileOptions(batch=2, warmup=0, repeats=1), inputs=given).batch == 2
     with pytest.raises(OptionError, match="repeats=0"):
         ProfileOptions(repeats=0)
 
