@@ -20,6 +20,10 @@ from sn72kernels import atomic
 
 _PROCESS = 1
 
+#: By how much the parts of a call may exceed it before they must have run side by side: they are
+#: timed apart from the whole.
+_SLACK = 1.01
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -86,7 +90,8 @@ class TraceRecorder:
     Give it as ``observe``; any thread may call it. A call tells, for each of its stages, the time
     spent waiting for it, decoding images for it and in it, added up over its batches. The trace
     draws these one after the other, in the order of the stages: durations are measured, and the
-    order of batches within a call is not shown.
+    order of batches within a call is not shown. Where they add up to more than the call took, as
+    of stages that run side by side, each stage has a row of its own.
 
     Args:
         limit: most events to keep; later ones are counted only.
@@ -134,7 +139,10 @@ def _call_spans(event: CallEvent, now: float, track: str) -> list[Span]:
     count = len(event.results)
     call = _ending(f"call of {count}", "cascade", now, event.seconds, track, {"samples": count})
     spans, at = [call], call.start
+    parts = (c.waited_seconds + c.decode_seconds + c.seconds for c in event.counts)
+    abreast = sum(parts) > event.seconds * _SLACK
     for name, counts in zip(event.stages, event.counts, strict=True):
+        row, at = (f"{track}: {name}", call.start) if abreast else (track, at)
         for kind, seconds, facts in (
             ("wait", counts.waited_seconds, {}),
             ("decode", counts.decode_seconds, {}),
@@ -143,9 +151,9 @@ def _call_spans(event: CallEvent, now: float, track: str) -> list[Span]:
             if seconds <= 0:
                 continue
             label = name if kind == "stage" else f"{kind} for {name}"
-            # The parts are timed apart from the whole: rounding must not let one stick out.
+            # Rounding must not let one stick out.
             duration = min(seconds * 1e6, call.end - at)
-            spans.append(Span(label, kind, at, duration, track, facts))
+            spans.append(Span(label, kind, at, duration, row, facts))
             at += duration
     return spans
 

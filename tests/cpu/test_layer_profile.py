@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from sn72engine import cli
 from sn72engine.builder import build
 from sn72engine.cascade import Cascade
+from sn72engine.cascade.report import StageCounts
 from sn72engine.cascade.spec import CascadeSpec, StageSpec
 from sn72engine.engine import Engine
 from sn72engine.errors import InputError, OptionError, SessionError
-from sn72engine.events import BatchEvent
+from sn72engine.events import BatchEvent, CallEvent
 from sn72engine.introspection import layers_of
 from sn72engine.introspection.layer import LayerRun, TimedRun
 from sn72engine.layer_profile import ProfileOptions, _medians, profile
@@ -29,6 +30,9 @@ from sn72engine.trace import Span, TraceRecorder, write_trace
 from tests import tiny_models
 
 ONE = RuntimeOptions(threads=1)
+
+#: Stages of one group, and the seconds that each took of a call of 0.01.
+SIDE_BY_SIDE = (("a", 0.008), ("b", 0.007), ("c", 0.002))
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
@@ -144,6 +148,17 @@ def test_a_cascade_shows_stages_decoding_and_waiting(tmp_path: Path) -> None:
     assert stages[0]["args"]["escalated"] == 3
     assert {span["name"] for span in spans if span["cat"] == "decode"} >= {"decode for small"}
     assert "wait" in {span["cat"] for span in spans}
+
+
+def test_stages_side_by_side_keep_their_times_in_a_trace(tmp_path: Path) -> None:
+    recorder = TraceRecorder()
+    counts = [StageCounts(seconds=s, decode_seconds=0.001) for _, s in SIDE_BY_SIDE]
+    recorder(CallEvent(0.01, (), tuple(name for name, _ in SIDE_BY_SIDE), counts))
+    spans = checked_trace(recorder.save(tmp_path / "t.json"))
+    stages = [span for span in spans if span["cat"] == "stage"]
+    found = {span["name"]: span["dur"] for span in stages}
+    assert found == pytest.approx({name: s * 1e6 for name, s in SIDE_BY_SIDE}, abs=0.01)
+    assert len({span["tid"] for span in stages}) == 3
 
 
 def test_the_recorder_keeps_no_more_than_its_limit() -> None:
