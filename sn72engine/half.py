@@ -71,6 +71,7 @@ def to_half(source: Path, target: Path) -> tuple[str, ...]:
             )
             _put_back(onnx, float16, proto, large)
             _dequantise_to_half(onnx, proto)
+            beyond &= _stored_as(onnx.TensorProto.FLOAT16, proto)
             # Shapes recorded for float32 tensors are stale now; readers infer them again.
             del proto.graph.value_info[:]
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -94,7 +95,7 @@ def to_half(source: Path, target: Path) -> tuple[str, ...]:
     if beyond:
         notes.append(
             f"{len(beyond)} weight tensors exceed float16's range and were held at 65504: "
-            f"{', '.join(beyond[:3])}"
+            f"{', '.join(sorted(beyond)[:3])}"
         )
     return tuple(notes)
 
@@ -130,13 +131,18 @@ def _dequantise_to_half(onnx: Any, proto: Any) -> None:
                     attribute.i = onnx.TensorProto.FLOAT16
 
 
-def _beyond_range(onnx: Any, proto: Any) -> list[str]:
+def _stored_as(kind: int, proto: Any) -> set[str]:
+    """Names of the weights of a type."""
+    return {tensor.name for tensor in proto.graph.initializer if tensor.data_type == kind}
+
+
+def _beyond_range(onnx: Any, proto: Any) -> set[str]:
     """Names of float32 weights that hold a finite value larger than float16 can."""
-    names = []
+    names = set()
     for tensor in proto.graph.initializer:
         if tensor.data_type != onnx.TensorProto.FLOAT:
             continue
         values = onnx.numpy_helper.to_array(tensor)
         if (np.isfinite(values) & (np.abs(values) > _LARGEST)).any():
-            names.append(tensor.name)
+            names.add(tensor.name)
     return names

@@ -81,6 +81,16 @@ def test_weights_beyond_the_range_are_held_and_named(tmp_path: Path) -> None:
     assert held.max() == 65504
 
 
+def test_weights_that_stay_in_float32_are_not_said_to_be_held(tmp_path: Path) -> None:
+    weights = {"w": np.full((4, 3), 1e6, np.float32)}
+    graph = "big (float[4, 3] x) => (float[4, 3] y) { y = Max(x, w) }"
+    model = tiny_models.save(tmp_path / "m.onnx", graph, weights)
+    notes = to_half(model.path, tmp_path / "half.onnx")
+    held = onnx.numpy_helper.to_array(onnx.load(tmp_path / "half.onnx").graph.initializer[0])
+    np.testing.assert_array_equal(held, weights["w"])
+    assert not any("exceed" in note for note in notes)
+
+
 def test_old_qdq_files_are_refused(tmp_path: Path) -> None:
     model = tiny_models.quantised(tmp_path / "m.onnx", opset=17)
     with pytest.raises(BuildError, match=r"opset 17 has no float16 scales.*opset 19 or later"):
