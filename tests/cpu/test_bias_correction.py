@@ -233,6 +233,43 @@ def test_a_file_that_cannot_run_is_no_calibration(body, message, tmp_path):
         ranges.collect(tmp_path / "m.onnx", [{"x": np.ones((2, 6), np.float32)}], ["x"])
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize(("axes", "attributes"), [(1, ""), (2, "group = 4"), (3, "group = 2")])
+def test_a_convolution_of_a_file_keeps_its_mean(axes, attributes, precision, tmp_path):
+    """Of images that are even in each channel, which have no border without padding."""
+    groups = int(attributes.rpartition("= ")[2] or 1)
+    attributes = ", ".join(filter(None, [attributes, f"dilations = {[2] * axes}"]))
+    size = ", ".join(["7"] * axes)
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : 19]> g (float[N, 16, {size}] x) => (float y) '
+        f"{{ y = Conv <{attributes}> (x, w, b) }}"
+    )
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((32, 16 // groups, *[3] * axes)).astype(np.float32)
+    bias = rng.standard_normal(32).astype(np.float32)
+    for name, value in (("w", weight), ("b", bias)):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    layers.name_nodes(proto)
+    node = proto.graph.node[0].name
+    path = tmp_path / "m.onnx"
+    onnx.save(proto, path)
+    x = np.broadcast_to(rng.random((6, 16, *[1] * axes), np.float32), (6, 16, *[7] * axes)).copy()
+    seen = ranges.collect(path, [{"x": x[:4]}, {"x": x[4:]}], ["x"], means={"x": axes + 2})
+    before = run(proto, x)[0].mean(axis=(0, *range(2, axes + 2)))
+    assert insert(proto, {node: Layer(precision, 1.0, mean=seen.means["x"])}) == 1
+    held = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    del proto.graph.initializer[:], proto.graph.node[:-1]
+    proto.graph.node[0].input[:] = ["x", "w", f"{node}_bias"]
+    for name, value in (
+        ("w", formats.held(precision, weight, 0)),
+        (f"{node}_bias", held[f"{node}_bias"]),
+    ):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    after = run(proto, x)[0].mean(axis=(0, *range(2, axes + 2)))
+    np.testing.assert_allclose(after, before, atol=2e-5)
+    assert np.abs(held[f"{node}_bias"] - bias).max() > 1e-3
+
+
 @pytest.mark.parametrize("by_module", [True, False])
 @pytest.mark.parametrize("kind", ["transformer", "residual_net"])
 def test_file_and_module_correct_the_same_biases(kind, by_module, tmp_path):
