@@ -38,7 +38,7 @@ from sn72engine.errors import InputError
 from sn72engine.graph_order import Made, ancestors, feeds, made_tensors
 from sn72engine.model import OnnxModel
 from sn72engine.progress import Progress
-from sn72engine.samples import spread
+from sn72engine.samples import head, spread
 from sn72engine.spec import (
     BackendName,
     Options,
@@ -537,7 +537,9 @@ def _batches(
         if len(first.inputs) != 1:
             listed = ", ".join(spec.name for spec in first.inputs)
             raise InputError(f"{first.name} has the inputs {listed}: give arrays by name")
-        inputs = {first.inputs[0].name: _rows(inputs, max(options.samples, options.batch))}
+        count = max(options.samples, options.batch)
+        rows = inputs[:count] if isinstance(inputs, np.ndarray) else head(inputs, count)
+        inputs = {first.inputs[0].name: rows}
     counts = {name: len(array) for name, array in inputs.items()}
     if len(set(counts.values())) != 1 or min(counts.values()) < options.batch:
         raise InputError(
@@ -549,20 +551,6 @@ def _batches(
         {name: array[start : start + options.batch] for name, array in inputs.items()}
         for start in range(0, most - options.batch + 1, options.batch)
     ]
-
-
-def _rows(inputs: _Array | Iterable[_Array], count: int) -> _Array:
-    """The first samples of an array or of batches of arrays, as a copy."""
-    if isinstance(inputs, np.ndarray):
-        return inputs[:count]
-    kept: list[_Array] = []
-    for batch in inputs:
-        kept.append(np.array(batch[: count - sum(map(len, kept))]))
-        if sum(map(len, kept)) >= count:
-            break
-    if not kept:
-        raise InputError("no data to compare on: inputs is empty")
-    return np.concatenate(kept)
 
 
 def _check_signatures(first: TensorProbe, second: TensorProbe) -> None:

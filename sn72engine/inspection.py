@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sn72engine import _deps
+from sn72engine import _deps, onnx_file
 from sn72engine.engine import Engine
 from sn72engine.errors import InputError, MissingDependencyError, SessionError
 from sn72engine.introspection import layers_of, onnx_graph, plan_header
@@ -36,7 +36,7 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
     """
     onnx = _deps.require("onnx", purpose="inspect an ONNX file")
     model = OnnxModel.open(path)
-    proto = onnx.load(path, load_external_data=False)
+    proto = onnx_file.skeleton(path)
     weights: dict[str, dict[str, int]] = {}
     for tensor in proto.graph.initializer:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name

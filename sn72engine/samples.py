@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sn72engine.errors import CalibrationError, ImageError
+from sn72engine.errors import CalibrationError, ImageError, InputError
 from sn72engine.preprocessing import Floats, preprocess_one
 from sn72engine.progress import Progress
 from sn72engine.spec import Preprocess
@@ -145,6 +145,23 @@ def npz_items(
         zlib.error,
     ) as error:
         raise CalibrationError(f"{path}: cannot be read as .npz ({error})") from error
+
+
+def head(batches: Iterable[NDArray[Any]], count: int) -> NDArray[Any]:
+    """The first ``count`` samples of all batches, or all where there are fewer, as a copy.
+
+    Raises:
+        InputError: there is no batch.
+    """
+    kept: list[NDArray[Any]] = []
+    for batch in batches:
+        # A copy: the data source may hand out one buffer again and again.
+        kept.append(np.array(batch[: count - sum(map(len, kept))]))
+        if sum(map(len, kept)) == count:
+            break
+    if not kept:
+        raise InputError("no data: there is no batch")
+    return np.concatenate(kept)
 
 
 def spread(count: int, limit: int | None) -> Sequence[int]:

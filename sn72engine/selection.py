@@ -45,6 +45,7 @@ from sn72engine.errors import (
 )
 from sn72engine.latency import interleave
 from sn72engine.model import OnnxModel
+from sn72engine.samples import head
 from sn72engine.session import Session
 from sn72engine.spec import (
     CPU_BACKENDS,
@@ -223,7 +224,7 @@ def select(
     if not engines:
         reasons = "; ".join(str(candidate) for candidate in considered)
         raise VerificationError(f"no engine keeps the bounds: {reasons}")
-    timed = _time(engines, considered, _head(batches, options.verify.batch), options)
+    timed = _time(engines, considered, head(batches, options.verify.batch), options)
     _remember(path, timed)
     return Selection(engines[timed[0].name], timed, options)
 
@@ -302,17 +303,6 @@ def _build(model: OnnxModel, backend: BackendName, options: SelectOptions, store
         precision = "fp16"
     wanted = BuildOptions(backend=backend, batch=options.batch, precision=precision)
     return build(model, wanted, store=store, progress=False)
-
-
-def _head(batches: Iterable[_Array], count: int) -> _Array:
-    """The first ``count`` samples, or all of them when there are fewer."""
-    kept: list[_Array] = []
-    for batch in batches:
-        # A copy: the data source may hand out one buffer again and again.
-        kept.append(np.array(batch[: count - sum(map(len, kept))]))
-        if sum(map(len, kept)) == count:
-            break
-    return np.concatenate(kept)
 
 
 def _key(models: Mapping[str, OnnxModel], options: SelectOptions) -> str:

@@ -40,9 +40,13 @@ class TensorError:
             odd, even = x[~finite], y[~finite]
             alike = (odd == even) | (np.isnan(odd) & np.isnan(even))
             if not alike.all():
-                only = int((~np.isfinite(even)).sum()) - int((~np.isfinite(odd)).sum())
-                side = "b" if only >= 0 else "a"
-                return cls._broken(f"NaN or infinity in {side} only, {int((~alike).sum())} values")
+                mine, theirs = odd[~alike], even[~alike]
+                where = "both, not alike"
+                if np.isfinite(mine).all():
+                    where = "b only"
+                elif np.isfinite(theirs).all():
+                    where = "a only"
+                return cls._broken(f"NaN or infinity in {where}, {mine.size} values")
             x, y = x[finite], y[finite]
         if x.size == 0:
             return cls(0.0, 1.0, 0.0, 0.0)

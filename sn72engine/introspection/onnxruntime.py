@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sn72engine import _deps
+from sn72engine import onnx_file
 from sn72engine.backends.onnxruntime import open_session
 from sn72engine.engine import Engine
 from sn72engine.introspection import onnx_graph
@@ -27,7 +27,6 @@ _RELAID = "_nchwc"
 
 def layers(engine: Engine) -> list[Layer]:
     """Nodes of the optimised graph, with the nodes of the file that each stands for."""
-    onnx = _deps.require("onnx", purpose="read the graph that ONNX Runtime runs")
     with tempfile.TemporaryDirectory(prefix="sn72-inspect-") as folder:
         path = Path(folder) / "optimised.onnx"
 
@@ -39,11 +38,11 @@ def layers(engine: Engine) -> list[Layer]:
                 )
 
         session = open_session(engine, RuntimeOptions(), adjust)
-        proto = onnx.load(path, load_external_data=False)
+        proto = onnx_file.skeleton(path)
     providers = session.get_providers()
     # With one provider every node is its; with more the profiler tells.
     found = onnx_graph.layers(proto, providers[0] if len(providers) == 1 else "")
-    original = onnx.load(engine.path, load_external_data=False)
+    original = onnx_file.skeleton(engine.path)
     origins = _origins(original, proto)
     types = onnx_graph.tensor_types(original)
     described = []

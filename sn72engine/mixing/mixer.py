@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from sn72engine import _deps, layers
+from sn72engine import layers, onnx_file
 from sn72engine.errors import InputError, OptionError, QuantizationError
 from sn72engine.layers import Choice
 from sn72engine.mixing import cost, search, sensitivity
@@ -177,8 +177,7 @@ def _prices(
                 if precision not in costs.get(node, {}):
                     raise OptionError(f"costs lacks node {node!r} in {precision!r}")
         return costs
-    onnx = _deps.require("onnx", purpose="model the cost of a layer")
-    proto = onnx.load(model.path, load_external_data=False)
+    proto = onnx_file.skeleton(model.path)
     layers.name_nodes(proto)
     sizes, card = cost.products(proto, options.batch), cost.CARDS[options.card]
     return {
@@ -283,7 +282,7 @@ def _walk(
     """How many steps the bound allows, and what was measured on the way.
 
     Raises:
-        QuantizationError: none.
+        QuantizationError: it allows none, or no step saves anything.
     """
     if not steps:
         raise QuantizationError(

@@ -243,7 +243,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, model: OnnxModel) ->
         compare(model, model, np.zeros((1, 5), np.float32))
     with pytest.raises(InputError, match="same number of them"):
         compare(model, model, np.zeros((0, 3, 16, 16), np.float32))
-    with pytest.raises(InputError, match="inputs is empty"):
+    with pytest.raises(InputError, match="there is no batch"):
         compare(model, model, [])
     with pytest.raises(InputError, match="no such ONNX file"):
         compare(model, tmp_path / "absent.onnx")
@@ -382,3 +382,16 @@ def test_the_command(tmp_path: Path, model: OnnxModel, capsys: pytest.CaptureFix
     assert "the outputs agree" in capsys.readouterr().out
     assert cli.main(["compare", str(model.path), str(model.path)]) == 0
     assert "no layer parts (15 compared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "where"),
+    [
+        ([1, 2, 3], [1, np.nan, np.inf], "b only, 2 values"),
+        ([np.nan, 2, 3], [1, 2, 3], "a only, 1 values"),
+        ([np.inf, 2, 3], [-np.inf, 2, 3], "both, not alike, 1 values"),
+        ([np.nan, 2, np.inf], [1, np.nan, np.inf], "both, not alike, 2 values"),
+    ],
+)
+def test_who_holds_what_is_not_finite_is_told(a: list[float], b: list[float], where: str) -> None:
+    assert TensorError.between(np.float32(a), np.float32(b)).problem.endswith(f"in {where}")
