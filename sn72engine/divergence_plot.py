@@ -7,15 +7,13 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sn72engine import _deps
+from sn72engine import drawing
+from sn72engine.drawing import BAD, GOOD, GRID, INK, SOFT
 from sn72engine.errors import InputError
 from sn72engine.text import cut
-from sn72kernels import atomic
 
 if TYPE_CHECKING:
     from sn72engine.divergence import ComparisonReport, LayerError
-
-_INK, _SOFT, _GOOD, _BAD = "#2b2d33", "#8a909c", "#3867b5", "#d9622b"
 
 #: Layers labelled for what they add to the error, beside the first bad one.
 _LABELLED = 4
@@ -28,17 +26,16 @@ def plot(report: ComparisonReport, path: Path) -> Path:
     """Draw a report; see :meth:`sn72engine.divergence.ComparisonReport.save_plot`."""
     if not report.layers:
         raise InputError("no layer was measured: there is nothing to draw")
-    figures = _deps.require("matplotlib", purpose="draw a comparison", submodule="figure")
-    figure = figures.Figure(figsize=(9.5, 4.8), dpi=150, layout="constrained")
+    figure = drawing.figure("draw a comparison", 9.5, 4.8)
     axes = figure.add_subplot()
     heights = [_height(layer) for layer in report.layers]
     places = range(len(heights))
-    colours = [_BAD if layer.parted else _GOOD for layer in report.layers]
-    axes.plot(places, heights, color=_SOFT, linewidth=0.8, zorder=1)
+    colours = [BAD if layer.parted else GOOD for layer in report.layers]
+    axes.plot(places, heights, color=SOFT, linewidth=0.8, zorder=1)
     size = 26 if len(heights) <= 80 else 9
     axes.scatter(places, heights, c=colours, s=size, zorder=3, linewidths=0)
     bound = report.max_relative_error
-    axes.axhline(bound, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
+    axes.axhline(bound, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
     axes.annotate(
         f"bound {bound:g}",
         (0, bound),
@@ -47,7 +44,7 @@ def plot(report: ComparisonReport, path: Path) -> Path:
         textcoords="offset points",
         ha="left",
         fontsize=8,
-        color=_INK,
+        color=INK,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
     )
     axes.set_yscale("log")
@@ -63,15 +60,12 @@ def plot(report: ComparisonReport, path: Path) -> Path:
     axes.set_xlim(-0.03 * len(heights) - 0.5, len(heights) * 1.03 - 0.5)
     _label(axes, report, heights)
     if len(heights) <= 24:
-        axes.set_xticks(list(places), [cut(layer.layer, 16) for layer in report.layers])
-        axes.tick_params(axis="x", labelrotation=45, labelsize=8)
-        for tick in axes.get_xticklabels():
-            tick.set_ha("right")
-            tick.set_rotation_mode("anchor")
+        names = [cut(layer.layer, 16) for layer in report.layers]
+        drawing.name_places(axes, names, rotation=45, size=8)
     else:
         axes.set_xlabel("layer, in the order in which they run")
     axes.set_ylabel("relative error  |b - a| / |a|")
-    axes.grid(axis="y", color="#e4e6ea", linewidth=0.7)
+    axes.grid(axis="y", color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(
@@ -79,11 +73,9 @@ def plot(report: ComparisonReport, path: Path) -> Path:
         f"{report.samples} samples, the worst call counts",
         loc="left",
         fontsize=9.5,
-        color=_INK,
+        color=INK,
     )
-    with atomic.replacing(path) as scratch:
-        figure.savefig(scratch, format="png")
-    return path
+    return drawing.save(figure, path)
 
 
 def _label(axes: Any, report: ComparisonReport, heights: list[float]) -> None:
@@ -106,11 +98,11 @@ def _label(axes: Any, report: ComparisonReport, heights: list[float]) -> None:
             va="top",
             fontsize=9 if first else 8,
             fontweight="bold" if first else "normal",
-            color=_BAD if first else _INK,
+            color=BAD if first else INK,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
             arrowprops={
                 "arrowstyle": "-",
-                "color": _BAD if first else _SOFT,
+                "color": BAD if first else SOFT,
                 "lw": 0.8,
                 "ls": ":",
                 "relpos": (1.0 if side == "right" else 0.0, 0.0),

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sn72engine import _deps
+from sn72engine import drawing
 from sn72engine.doctor import cpu_name
 from sn72engine.errors import InputError
 from sn72engine.progress import Progress
 from sn72engine.spec import BenchOptions, check_int
 from sn72engine.trial import random_inputs
-from sn72kernels import atomic
 
 if TYPE_CHECKING:
     from sn72engine.session import Session
@@ -150,15 +149,12 @@ class BenchReport:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        figure_module = _deps.require(
-            "matplotlib", purpose="draw a latency histogram", submodule="figure"
-        )
         path = Path(path)
         samples, latency = np.asarray(self.samples_ms), self.latency
         low, high = float(samples.min()), float(np.percentile(samples, 99.5))
         high = max(high, low + 1e-3)
         beyond = int((samples > high).sum())
-        figure = figure_module.Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
+        figure = drawing.figure("draw a latency histogram", 8, 4.2)
         axes = figure.add_subplot()
         bins = np.linspace(low, high, int(np.clip(np.sqrt(samples.size) * 2, 8, 60)) + 1)
         axes.hist(
@@ -204,9 +200,7 @@ class BenchReport:
             fontsize=10,
             color="#1c2330",
         )
-        with atomic.replacing(path) as scratch:
-            figure.savefig(scratch, format="png")
-        return path
+        return drawing.save(figure, path)
 
 
 def measure(

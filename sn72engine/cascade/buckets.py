@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sn72engine import _deps
+from sn72engine import drawing
 from sn72engine.errors import InputError, OptionError
 from sn72engine.latency import Call, interleave
 from sn72engine.spec import Options, check_int
 from sn72engine.trial import random_inputs
-from sn72kernels import atomic
 
 if TYPE_CHECKING:
     from sn72engine.session import Session
@@ -162,9 +161,8 @@ class BucketPlan:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        module = _deps.require("matplotlib", purpose="draw buckets", submodule="figure")
         path = Path(path)
-        figure = module.Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
+        figure = drawing.figure("draw buckets", 8, 4.2)
         axes = figure.add_subplot()
         share = axes.twinx()
         counts = np.arange(1, len(self.probabilities))
@@ -191,9 +189,7 @@ class BucketPlan:
         axes.spines[["top"]].set_visible(False)
         share.spines[["top"]].set_visible(False)
         axes.legend(loc="upper left", frameon=False)
-        with atomic.replacing(path) as scratch:
-            figure.savefig(scratch, format="png")
-        return path
+        return drawing.save(figure, path)
 
 
 def choose(

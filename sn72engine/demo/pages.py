@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from sn72engine import _deps
+from sn72engine import drawing
 from sn72engine.cascade.result import Result, Status
 from sn72engine.decode import decode
 from sn72engine.demo.comparison import Comparison
@@ -153,10 +153,7 @@ def gpu_row(engine: Mapping[str, Any]) -> tuple[str, ...]:
 
 def latency_bars(figures: Mapping[str, Any], path: Path) -> None:
     """Median latency of the FP32 and INT8 engine of each model at batch 1, as bars."""
-    figure_module = _deps.require(
-        "matplotlib", purpose="draw the demo's pictures", submodule="figure"
-    )
-    figure = figure_module.Figure(figsize=(8, 3.2), dpi=150, layout="constrained")
+    figure = drawing.figure("draw the demo's pictures", 8, 3.2)
     axes = figure.add_subplot()
     rows: list[tuple[str, str, float]] = []
     for name, entry in figures["verification"].items():
@@ -174,8 +171,7 @@ def latency_bars(figures: Mapping[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#d9dee7", lw=0.6)
     axes.set_axisbelow(True)
-    with atomic.replacing(path) as scratch:
-        figure.savefig(scratch, format="png")
+    drawing.save(figure, path)
 
 
 def summary(figures: Mapping[str, Any], page: Path) -> str:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sn72engine import _deps
+from sn72engine import drawing
+from sn72engine.drawing import BAD, GOOD, GRID, INK, SOFT
 from sn72engine.mixing.mixture import FLOAT
 from sn72engine.text import cut
-from sn72kernels import atomic
 
 if TYPE_CHECKING:
     from sn72engine.mixing.mixture import Mixture
 
-_INK, _SOFT, _GOOD, _BAD = "#2b2d33", "#8a909c", "#3867b5", "#d9622b"
 _COLOURS = {"int8": "#3867b5", "fp8": "#2f9e8f", "mxfp8": "#b58a2a", "nvfp4": "#a8489b"}
 
 #: Where a damage of nothing is drawn on the logarithmic axis: below the rounding of float32.
@@ -25,18 +24,15 @@ _NAMED, _WIDTH = 24, 30
 
 def plot(mixture: Mixture, path: Path) -> Path:
     """Draw a mixture; see :meth:`sn72engine.mixing.Mixture.save_plot`."""
-    figures = _deps.require("matplotlib", purpose="draw a mix of formats", submodule="figure")
-    figure = figures.Figure(figsize=(11.5, 4.8), dpi=150, layout="constrained")
+    figure = drawing.figure("draw a mix of formats", 11.5, 4.8)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_layers(left, mixture)
     _draw_way(right, mixture)
     for axes in (left, right):
-        axes.grid(axis="y", color="#e4e6ea", linewidth=0.7)
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    with atomic.replacing(path) as scratch:
-        figure.savefig(scratch, format="png")
-    return path
+    return drawing.save(figure, path)
 
 
 def _draw_layers(axes: Any, mixture: Mixture) -> None:
@@ -56,25 +52,22 @@ def _draw_layers(axes: Any, mixture: Mixture) -> None:
         ringed = [(x, y) for x, y, ring in zip(places, heights, rings, strict=True) if ring]
         if ringed:
             x, y = zip(*ringed, strict=True)
-            axes.scatter(x, y, s=95, facecolors="none", edgecolors=_INK, linewidths=1.1, zorder=4)
+            axes.scatter(x, y, s=95, facecolors="none", edgecolors=INK, linewidths=1.1, zorder=4)
     kept = [place for place, layer in enumerate(layers) if layer.chosen == FLOAT]
     for place in kept:
         axes.axvspan(place - 0.5, place + 0.5, color="#eef0f3", linewidth=0, zorder=0)
-    axes.scatter([], [], s=95, facecolors="none", edgecolors=_INK, linewidths=1.1, label="chosen")
+    axes.scatter([], [], s=95, facecolors="none", edgecolors=INK, linewidths=1.1, label="chosen")
     if kept:
         axes.scatter([], [], s=95, marker="s", color="#dfe2e7", label="stays in float")
     axes.set_yscale("log")
     axes.set_xlim(-0.7, len(layers) - 0.3)
     if len(layers) <= _NAMED:
-        axes.set_xticks(range(len(layers)), [cut(layer.label, _WIDTH) for layer in layers])
-        axes.tick_params(axis="x", labelrotation=50, labelsize=7.5)
-        for tick in axes.get_xticklabels():
-            tick.set_ha("right")
-            tick.set_rotation_mode("anchor")
+        names = [cut(layer.label, _WIDTH) for layer in layers]
+        drawing.name_places(axes, names, rotation=50, size=7.5)
     else:
         axes.set_xlabel("layer, in the order in which they run")
     axes.set_ylabel("damage of the layer alone  (mean |q - y|² / mean |y|²)")
-    axes.set_title("Each layer alone in each format", loc="left", fontsize=10, color=_INK)
+    axes.set_title("Each layer alone in each format", loc="left", fontsize=10, color=INK)
     axes.legend(fontsize=8, frameon=True, edgecolor="none", framealpha=0.9)
 
 
@@ -92,21 +85,21 @@ def _draw_way(axes: Any, mixture: Mixture) -> None:
         after = names.values()
         points.append((sum(p.cost for p in after), sum(p.damage for p in after)))
     line = [(cost * scale, max(damage, _FLOOR)) for cost, damage in points]
-    axes.plot(*zip(*line, strict=True), "-", color=_SOFT, linewidth=1.1, zorder=1)
+    axes.plot(*zip(*line, strict=True), "-", color=SOFT, linewidth=1.1, zorder=1)
     for trial in mixture.trials:
         good = trial.report.passed
         axes.scatter(
             *line[trial.steps],
             s=34,
             marker="o" if good else "X",
-            color=_GOOD if good else _BAD,
+            color=GOOD if good else BAD,
             linewidths=0,
             zorder=3,
         )
-    axes.scatter([], [], s=34, color=_GOOD, label="measured: keeps the bound")
-    axes.scatter([], [], s=34, marker="X", color=_BAD, label="measured: breaks it")
+    axes.scatter([], [], s=34, color=GOOD, label="measured: keeps the bound")
+    axes.scatter([], [], s=34, marker="X", color=BAD, label="measured: breaks it")
     end = line[mixture.taken]
-    axes.scatter(*end, s=130, facecolors="none", edgecolors=_INK, linewidths=1.2, zorder=4)
+    axes.scatter(*end, s=130, facecolors="none", edgecolors=INK, linewidths=1.2, zorder=4)
     axes.annotate(
         f"chosen\n{mixture.cost / mixture.float_cost:.0%} of float16",
         end,
@@ -114,7 +107,7 @@ def _draw_way(axes: Any, mixture: Mixture) -> None:
         textcoords="offset points",
         fontsize=8.5,
         va="center",
-        color=_INK,
+        color=INK,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
     )
     axes.set_yscale("symlog", linthresh=max(line[min(1, len(line) - 1)][1], _FLOOR))
@@ -122,6 +115,6 @@ def _draw_way(axes: Any, mixture: Mixture) -> None:
     axes.set_xlabel(told)
     axes.set_ylabel("sum of the layers' damages")
     axes.set_title(
-        "From float16 (right) to the cheapest (left)", loc="left", fontsize=10, color=_INK
+        "From float16 (right) to the cheapest (left)", loc="left", fontsize=10, color=INK
     )
     axes.legend(fontsize=8, frameon=True, edgecolor="none", framealpha=0.9, loc="upper right")

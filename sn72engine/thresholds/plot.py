@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sn72engine import _deps
+from sn72engine import drawing
+from sn72engine.drawing import GRID, INK
 from sn72engine.errors import OptionError
-from sn72kernels import atomic
 
 if TYPE_CHECKING:
     from sn72engine.thresholds.choice import ThresholdChoice
 
 _LABELS = {"accuracy": "Accuracy", "mcc": "MCC", "reward": "Expected subnet reward"}
-_INK, _CURVE, _STAGE, _CHOSEN = "#2b2d33", "#3867b5", "#7a7f8a", "#d9622b"
+_CURVE, _STAGE, _CHOSEN = "#3867b5", "#7a7f8a", "#d9622b"
 
 
 def plot(choice: ThresholdChoice, path: Path, names: Sequence[str] = ()) -> Path:
@@ -36,9 +35,7 @@ def plot(choice: ThresholdChoice, path: Path, names: Sequence[str] = ()) -> Path
     if names and len(names) != len(choice.singles):
         raise OptionError(f"names={list(names)!r} must name all {len(choice.singles)} stages")
     titles = list(names) or [f"stage {k}" for k in range(len(choice.singles))]
-    # The object interface, without pyplot: no global state, no window system.
-    figures = _deps.require("matplotlib", purpose="draw a threshold plot", submodule="figure")
-    figure = figures.Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
+    figure = drawing.figure("draw a threshold plot", 7.2, 4.6)
     axes = figure.add_subplot()
     points = [(1e3 * p.cost, p.value) for p in choice.pareto]
     axes.plot(
@@ -55,7 +52,7 @@ def plot(choice: ThresholdChoice, path: Path, names: Sequence[str] = ()) -> Path
     axes.plot([], [], "s", color=_STAGE, label="one stage alone")
     axes.axhline(
         choice.target,
-        color=_INK,
+        color=INK,
         linewidth=0.9,
         linestyle=(0, (4, 3)),
         zorder=1,
@@ -76,16 +73,13 @@ def plot(choice: ThresholdChoice, path: Path, names: Sequence[str] = ()) -> Path
     axes.set_ylabel(
         f"{_LABELS[choice.options.objective]} on {choice.certified_on} held-out samples"
     )
-    axes.set_title("Expected latency against quality", color=_INK, fontsize=11, loc="left")
-    axes.grid(color="#e4e6ea", linewidth=0.7)
+    axes.set_title("Expected latency against quality", color=INK, fontsize=11, loc="left")
+    axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.margins(x=0.08, y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    atomic.write_bytes(path, buffer.getvalue())
-    return path
+    return drawing.save(figure, path)
 
 
 def _mark(axes: Any, title: str, cost: float, value: float) -> None:
@@ -97,5 +91,5 @@ def _mark(axes: Any, title: str, cost: float, value: float) -> None:
         xytext=(0, -16),
         ha="center",
         fontsize=8,
-        color=_INK,
+        color=INK,
     )
