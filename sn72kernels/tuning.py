@@ -42,6 +42,8 @@ class RowTile:
     whole: bool = True
 
 
+MOST_ROWS = 16
+
 # What measuring may change of a RowTile: never the columns, which have to cover the row.
 ROW_CHOICES: dict[str, tuple[int, ...]] = {"rows": (1, 2, 4, 8, 16), "warps": (1, 2, 4, 8, 16)}
 
@@ -60,14 +62,21 @@ COLUMN_BLOCK = RowTile(rows=4, cols=256, warps=4)
 
 @functools.cache
 def row_tile(
-    cols: int, itemsize: int, *, widest: int, tile_bytes: int, thread_bytes: int
+    cols: int,
+    itemsize: int,
+    *,
+    widest: int,
+    tile_bytes: int,
+    thread_bytes: int,
+    most_rows: int = MOST_ROWS,
 ) -> RowTile:
     """Configuration of a memory-bound kernel that reads rows of ``cols`` elements.
 
     Rule: each thread has ``thread_bytes`` of a tensor in flight (two 128-bit loads hide more
     latency than one and cost 8 registers); short rows are stacked until a program reads
-    ``tile_bytes`` so that a block is worth its launch, at most 16 rows; rows longer than
-    ``widest`` go in chunks.
+    ``tile_bytes`` so that a block is worth its launch, at most ``most_rows``; rows longer than
+    ``widest`` go in chunks. Where so few rows are stacked because there are no more, latency counts
+    and not bandwidth: a thread has one 128-bit load, and there are twice as many.
 
     Args:
         cols: length of a row.
@@ -75,17 +84,31 @@ def row_tile(
         widest: longest row, in elements, that one program keeps in registers.
         tile_bytes: bytes that one program should read at least.
         thread_bytes: bytes of one tensor per thread.
+        most_rows: rows per program at most, of :func:`most_rows`.
     """
     width = power_of_two(cols)
     whole = width <= widest
     if not whole:
         width = min(widest, 4096)
-    rows = max(1, min(16, tile_bytes // (width * itemsize))) if whole else 1
+    wanted = max(1, min(MOST_ROWS, tile_bytes // (width * itemsize))) if whole else 1
+    rows = min(wanted, most_rows)
+    if rows < wanted:
+        thread_bytes = min(thread_bytes, 16)
     threads = rows * width * itemsize // thread_bytes
     warps = max(1, min(16, power_of_two(-(-threads // 32))))
     # One warp for a tiny row starves the scheduler; one thread with over 32 elements spills.
     warps = max(warps, min(16, rows * width // (32 * 32)))
     return RowTile(rows=rows, cols=width, warps=warps, whole=whole)
+
+
+def most_rows(rows: int, device: torch.device) -> int:
+    """Rows per program, a power of two up to 16, that still give each multiprocessor two programs.
+
+    What :func:`row_tile` is told of a batch of ``rows`` rows: a batch of 1024 in programs of 16
+    would leave half of an H100 idle.
+    """
+    share = rows // (2 * sms(device))
+    return max(1, min(MOST_ROWS, power_of_two(share + 1) // 2))
 
 
 def power_of_two(n: int) -> int:

@@ -14,6 +14,9 @@ from sn72kernels.ops.gelu_kernel import gelu, gelu_slope
 
 @triton.jit
 def _affine(normal, weight, bias, col, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+    # Every thread loads what its own elements need, from the L1 cache: one row of parameters would
+    # be handed around in shared memory, with barriers, wherever a warp holds less than all rows.
+    col, inside = tl.broadcast_to(col, normal.shape), tl.broadcast_to(inside, normal.shape)
     if HAS_WEIGHT:
         normal *= tl.load(weight + col, inside, other=0.0).to(tl.float32)
     if HAS_BIAS:

@@ -61,8 +61,8 @@ def layernorm_gelu(
         bias: shape (N,), likewise; None for zeros.
         residual: shape and dtype of ``x``; added before the norm.
         eps: added to the variance.
-        approximate: ``"none"`` for the exact GELU, ``"tanh"`` for the tanh form, as in
-            ``torch.nn.functional.gelu``.
+        approximate: ``"none"`` for the exact GELU (to the rounding of float32), ``"tanh"`` for
+            the tanh form, as in ``torch.nn.functional.gelu``.
         return_total: also return ``x + residual``, in the dtype of ``x``.
 
     Returns:
@@ -89,16 +89,18 @@ def explain(x: torch.Tensor, *args: Any, **kwargs: Any) -> library.Choice:
     choice = library.choose(FORWARD, x.device, x)
     if choice.implementation == "reference":
         return choice
-    config = FORWARD_TILE.explain(x.device, x.shape[-1], x.element_size())
+    config = FORWARD_TILE.explain(x.device, *_key(x))
     return library.Choice(choice.op, choice.implementation, choice.reason, config)
 
 
 # --- configuration -------------------------------------------------------------------------
 
 
-def tile_config(cols: int, itemsize: int) -> tuning.RowTile:
+def tile_config(cols: int, itemsize: int, most_rows: int = tuning.MOST_ROWS) -> tuning.RowTile:
     """Forward configuration for rows of ``cols`` elements of ``itemsize`` bytes."""
-    return tuning.row_tile(cols, itemsize, widest=16384, tile_bytes=8192, thread_bytes=32)
+    return tuning.row_tile(
+        cols, itemsize, widest=16384, tile_bytes=8192, thread_bytes=32, most_rows=most_rows
+    )
 
 
 def backward_config(cols: int) -> tuning.RowTile:
@@ -112,6 +114,12 @@ FORWARD_TILE = tuning.Tunable(
 BACKWARD_TILE = tuning.Tunable(
     "layernorm_gelu.backward", backward_config, tuning.ROW_CHOICES, tuning.fits_registers
 )
+
+
+def _key(x: torch.Tensor) -> tuple[int, int, int]:
+    """What :data:`FORWARD_TILE` is looked up by."""
+    cols = x.shape[-1]
+    return cols, x.element_size(), tuning.most_rows(x.numel() // cols, x.device)
 
 
 # --- launchers -----------------------------------------------------------------------------
@@ -139,7 +147,7 @@ def launch_forward(
         return out, total, stats
     other = None if residual is None else as_rows(residual)
     weight, bias = as_vector(weight), as_vector(bias)
-    config = FORWARD_TILE.config(x.device, cols, x.element_size())
+    config = FORWARD_TILE.config(x.device, *_key(x))
     arguments = (
         flat, other, weight, bias, out, total, stats,
         rows, cols, flat.stride(0), 0 if other is None else other.stride(0), eps,
@@ -377,8 +385,8 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
     cases: dict[str, tuple[Any, tuple[Any, ...]]] = {}
     for dtype, cols in ((torch.float16, 768), (torch.float32, 1024), (torch.bfloat16, 32768)):
-        x, vector = tensor(64, cols, dtype=dtype), tensor(cols, dtype=dtype)
-        stats = tensor(2, 64, dtype=torch.float32)
+        x, vector = tensor(16384, cols, dtype=dtype), tensor(cols, dtype=dtype)
+        stats = tensor(2, 16384, dtype=torch.float32)
         label = f"{str(dtype).removeprefix('torch.')} N={cols}"
         cases[f"forward {label}"] = (
             launch_forward, (x, x, vector, vector, 1e-5, False, True, True),
@@ -386,10 +394,11 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         cases[f"backward {label}"] = (
             launch_backward, (x, x, x, stats, vector, vector, False),
         )  # fmt: skip
-    x, vector = tensor(64, 16384), tensor(16384)
-    cases["forward tanh float16 N=16384"] = (
-        launch_forward, (x, None, vector, vector, 1e-5, True, False, False),
-    )  # fmt: skip
+    for rows, cols in ((16384, 16384), (64, 768), (16384, 256)):
+        x, vector = tensor(rows, cols), tensor(cols)
+        cases[f"forward tanh float16 N={cols}, {rows} rows"] = (
+            launch_forward, (x, None, vector, vector, 1e-5, True, False, False),
+        )  # fmt: skip
     return cases
 
 
@@ -403,7 +412,7 @@ def tuning_cases(device: torch.device, rows: int = 8192) -> list[tuning.Case]:
         forward = (x, None, w, b, 1e-5, False, False, True)
         stats = reference.forward(*forward)[2]
         backward = (torch.randn_like(x), None, x, stats, w, b, False)
-        key = (cols, x.element_size())
+        key = _key(x)
         cases.append(tuning.Case(FORWARD_TILE, key, launch_forward, reference.forward, forward))
         cases.append(
             tuning.Case(BACKWARD_TILE, (cols,), launch_backward, reference.backward, backward)

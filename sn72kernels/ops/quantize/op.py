@@ -109,7 +109,10 @@ def explain(
     choice = library.choose(spec, x.device, x)
     if choice.implementation == "reference":
         return choice
-    config = (TOKEN_TILE if spec is TOKEN else TILE).explain(x.device, x.shape[-1])
+    if spec is TOKEN:
+        config = TOKEN_TILE.explain(x.device, *_token_key(x))
+    else:
+        config = TILE.explain(x.device, x.shape[-1])
     return library.Choice(choice.op, choice.implementation, choice.reason, config)
 
 
@@ -121,15 +124,23 @@ def tile_config(cols: int) -> tuning.RowTile:
     return tuning.row_tile(cols, 2, widest=2048, tile_bytes=8192, thread_bytes=32)
 
 
-def token_config(cols: int) -> tuning.RowTile:
+def token_config(cols: int, most_rows: int = tuning.MOST_ROWS) -> tuning.RowTile:
     """Rows for scales per token: whole where they fit registers."""
-    return tuning.row_tile(cols, 2, widest=16384, tile_bytes=8192, thread_bytes=32)
+    return tuning.row_tile(
+        cols, 2, widest=16384, tile_bytes=8192, thread_bytes=32, most_rows=most_rows
+    )
 
 
 TILE = tuning.Tunable("quantize.tile", tile_config, tuning.ROW_CHOICES, tuning.fits_registers)
 TOKEN_TILE = tuning.Tunable(
     "quantize.token", token_config, tuning.ROW_CHOICES, tuning.fits_registers
 )
+
+
+def _token_key(x: torch.Tensor) -> tuple[int, int]:
+    """What :data:`TOKEN_TILE` is looked up by."""
+    cols = x.shape[-1]
+    return cols, tuning.most_rows(x.numel() // cols, x.device)
 
 
 def launch_static(
@@ -157,7 +168,7 @@ def launch_token(x: torch.Tensor, fp8: bool) -> tuple[torch.Tensor, torch.Tensor
     flat, codes = as_rows(x), torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rows, cols = flat.shape
-    config = TOKEN_TILE.config(x.device, cols)
+    config = TOKEN_TILE.config(x.device, *_token_key(x))
     arguments = (flat, codes, scale, rows, cols, flat.stride(0))
     flags = {"FP8": fp8, "COLS": config.cols, "num_warps": config.warps}
     if rows and config.whole:
@@ -261,7 +272,8 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     def tensor(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, rows, codes = tensor(64, 1024), tensor(64, dtype=torch.float32), torch.float8_e4m3fn
+    many = 16384
+    x, rows, codes = tensor(many, 1024), tensor(many, dtype=torch.float32), torch.float8_e4m3fn
     return {
         "static fp8 per channel": (
             launch_static, (x, tensor(1024, dtype=torch.float32), "channel", True),
@@ -272,7 +284,7 @@ def compile_cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "token fp8 N=1024": (launch_token, (x, True)),
         "token int8 N=32768": (launch_token, (tensor(8, 32768), False)),
         "dequantize fp8 per token": (
-            launch_dequantize, (tensor(64, 1024, dtype=codes), rows, "token", torch.float16),
+            launch_dequantize, (tensor(many, 1024, dtype=codes), rows, "token", torch.float16),
         ),
     }  # fmt: skip
 
@@ -286,6 +298,8 @@ def tuning_cases(device: torch.device, rows: int = 8192) -> list[tuning.Case]:
         static = (x, torch.rand(cols, device=device) + 0.01, "channel", True)
         cases.append(tuning.Case(TILE, (cols,), launch_static, reference.quantize_static, static))
         cases.append(
-            tuning.Case(TOKEN_TILE, (cols,), launch_token, reference.quantize_token, (x, True))
+            tuning.Case(
+                TOKEN_TILE, _token_key(x), launch_token, reference.quantize_token, (x, True)
+            )
         )
     return cases

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +298,24 @@ def test_command_needs_a_gpu(capsys: pytest.CaptureFixture[str], cache: Path) ->
 def test_command_lists_what_it_would_measure(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main(["--op", "quantize", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "quantize.token 1024: 19 candidates" in lines
+    assert "quantize.token 1024 16: 19 candidates" in lines
+
+
+@pytest.mark.parametrize("rows", [1, 128, 200, 512, 1024, 2048, 4096, 16384])
+@pytest.mark.parametrize("cols", [256, 512, 1024, 2048, 4096, 8192])
+def test_no_multiprocessor_is_idle_while_another_has_two_rows(rows: int, cols: int) -> None:
+    """Of the 132 of an H100; and a large batch is cut as its row length asks for."""
+    from sn72kernels.ops.layernorm_gelu import op
+
+    h100 = replace(device.VIRTUAL, sms=132)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "facts", lambda _: h100)
+        tile = op.tile_config(cols, 2, tuning.most_rows(rows, CUDA))
+    assert -(-rows // tile.rows) >= min(rows, 2 * 132)
+    assert tile.cols == cols
+    assert 8 <= tile.rows * tile.cols // (32 * tile.warps) <= 16
+    if rows >= 16384:
+        assert tile == op.tile_config(cols, 2)
 
 
 def test_power_of_two() -> None:
