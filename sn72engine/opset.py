@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from sn72engine import _deps
 from sn72engine.errors import QuantizationError
+from sn72engine.introspection.onnx_graph import tensor_types
 
 #: Operators whose nodes look the same before and after, but compute something else, and the
 #: operator set that changed them.
@@ -16,18 +17,18 @@ _REDEFINED = {
     "DFT": 20,
     "GridSample": 20,
     "GroupNormalization": 21,
-    "Hardmax": 13,
-    "LogSoftmax": 13,
     "Resize": 11,
     "RoiAlign": 16,
-    "Softmax": 13,
 }
+
+#: Before 13 these took all axes from the one given on together, 1 where none is given.
+_OVER_AXES = ("Hardmax", "LogSoftmax", "Softmax")
 
 
 def lift(proto: Any, needed: int) -> None:
     """Bring a ModelProto to operator set ``needed`` in place, if it has an older one.
 
-    Axes that became an input (of reductions, in 13 and 18) become one.
+    Axes that became an input (of reductions, in 13 and 18) become one. Nodes keep their names.
 
     Raises:
         QuantizationError: an operator has another form or meaning there, and is not rewritten.
@@ -35,9 +36,11 @@ def lift(proto: Any, needed: int) -> None:
     onnx = _deps.require("onnx", purpose="raise the operator set of a model")
     for entry in proto.opset_import:
         if entry.domain in ("", "ai.onnx") and entry.version < needed:
+            types = tensor_types(proto) if entry.version < 13 else {}
+            ranks = {name: len(shape) for name, (_, shape) in types.items()}
             for node in list(_nodes(proto.graph)):
                 if node.domain in ("", "ai.onnx"):
-                    _adapt(onnx, proto.graph, node, entry.version, needed)
+                    _adapt(onnx, proto.graph, node, ranks, entry.version, needed)
             entry.version = needed
 
 
@@ -50,7 +53,9 @@ def _nodes(graph: Any) -> Iterator[Any]:
                 yield from _nodes(inner)
 
 
-def _adapt(onnx: Any, graph: Any, node: Any, old: int, needed: int) -> None:
+def _adapt(
+    onnx: Any, graph: Any, node: Any, ranks: Mapping[str, int], old: int, needed: int
+) -> None:
     try:
         before, after = (onnx.defs.get_schema(node.op_type, v, "") for v in (old, needed))
     except onnx.defs.SchemaError:  # an operator that ONNX does not define
@@ -58,6 +63,9 @@ def _adapt(onnx: Any, graph: Any, node: Any, old: int, needed: int) -> None:
     if before.since_version == after.since_version:
         return
     changed = old < _REDEFINED.get(node.op_type, 0) <= needed
+    if node.op_type in _OVER_AXES and old < 13 <= needed:
+        changed = not _is_over_last(node, ranks.get(node.input[0], 0))
+        del node.attribute[:]  # the last axis is the new default
     for attribute in list(node.attribute):
         if attribute.name in after.attributes:
             continue
@@ -78,3 +86,9 @@ def _adapt(onnx: Any, graph: Any, node: Any, old: int, needed: int) -> None:
     # From 18 on it must be told how many equal parts it makes.
     if node.op_type == "Split" and old < 18 <= needed and len(node.input) == 1:
         node.attribute.append(onnx.helper.make_attribute("num_outputs", len(node.output)))
+
+
+def _is_over_last(node: Any, rank: int) -> bool:
+    """Whether one of :data:`_OVER_AXES` takes the last axis alone; a rank of 0 is not known."""
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    return axis in (-1, rank - 1)

@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from sn72engine import _deps, onnx_file
+from sn72engine import _deps, onnx_file, opset
 from sn72engine.cpu_plan import ACTIVATIONS, JOINS, MOVES, POOLS, PRODUCTS
 from sn72engine.errors import CalibrationError
 
 #: Operators whose inputs and outputs a CPU engine may hold as integers. A mean may become a pool.
 INTEGER_OPS = PRODUCTS | ACTIVATIONS | JOINS | POOLS | MOVES | {"ReduceMean"}
+
+#: The reductions are written in this operator set, which quantising asks for in any case, and this
+#: IR version, in which weights need not be inputs.
+_OPSET, _IR = 19, 9
 
 _INLINE_BYTES = 16 << 20
 
@@ -60,6 +64,7 @@ def collect(
     Raises:
         CalibrationError: there is no batch, a tensor became NaN or infinite, or ONNX Runtime
             cannot run the file.
+        QuantizationError: the file is of an older operator set and cannot be brought to this one.
     """
     ort = _deps.require("onnxruntime", purpose="collect activation ranges")
     settings = ort.SessionOptions()
@@ -130,6 +135,8 @@ def _augment(
     """
     onnx = _deps.require("onnx", purpose="collect activation ranges")
     proto = onnx_file.load(path)
+    opset.lift(proto, _OPSET)
+    proto.ir_version = max(proto.ir_version, _IR)
     names = _tensors(onnx, proto) if tensors is None else list(tensors)
     names = list(dict.fromkeys([*names, *means]))
     del proto.graph.output[:]
@@ -141,27 +148,23 @@ def _augment(
             proto.graph.output.append(
                 onnx.helper.make_tensor_value_info(prefix + name, onnx.TensorProto.FLOAT, [])
             )
-    opset = max(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     for name, ndim in means.items():
-        _add_mean(onnx, proto.graph, opset, name, ndim)
+        _add_mean(onnx, proto.graph, name, ndim)
     # Weights in a file of their own are mapped into memory, not copied.
     onnx_file.write(proto, target, _INLINE_BYTES)
     return names
 
 
-def _add_mean(onnx: Any, graph: Any, opset: int, name: str, ndim: int) -> None:
+def _add_mean(onnx: Any, graph: Any, name: str, ndim: int) -> None:
     """A mean over all axes but the channels, as an output."""
     source, axes = name, [0, *range(2, ndim)]
     if not ndim:
         source, axes = f"{_MEAN}rows.{name}", [0]
         graph.node.append(onnx.helper.make_node("Flatten", [name], [source], axis=-1))
-    inputs, attributes = [source], {"axes": axes}
-    if opset >= 18:  # where axes became an input
-        held = onnx.numpy_helper.from_array(np.array(axes, np.int64), f"{_MEAN}axes.{name}")
-        graph.initializer.append(held)
-        inputs, attributes = [source, held.name], {}
+    held = onnx.numpy_helper.from_array(np.array(axes, np.int64), f"{_MEAN}axes.{name}")
+    graph.initializer.append(held)
     graph.node.append(
-        onnx.helper.make_node("ReduceMean", inputs, [_MEAN + name], keepdims=0, **attributes)
+        onnx.helper.make_node("ReduceMean", [source, held.name], [_MEAN + name], keepdims=0)
     )
     graph.output.append(
         onnx.helper.make_tensor_value_info(_MEAN + name, onnx.TensorProto.FLOAT, [None])

@@ -198,7 +198,7 @@ def graph(body: str, **constants: np.ndarray) -> onnx.ModelProto:
     return proto
 
 
-@pytest.mark.parametrize("opset", [13, 17, 18, 20])
+@pytest.mark.parametrize("opset", [9, 13, 17, 18, 20])
 def test_means_of_a_file_are_those_of_its_tensors(tmp_path, opset):
     proto = onnx.parser.parse_model(
         f'<ir_version: 8, opset_import: ["" : {opset}]> g (float[N, 3, 4, 6] x) => '

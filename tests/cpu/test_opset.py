@@ -19,7 +19,10 @@ BODIES = {
     "y = ReduceSum <axes = [-1]> (x)": 11,
     "a = Unsqueeze <axes = [0]> (x) y = Squeeze <axes = [0]> (a)": 11,
     "a, b = Split <axis = 1> (x) y = Sub (a, b)": 13,
-    "a = Relu (x) y = Softmax <axis = 1> (a)": 13,
+    "a = Relu (x) y = Softmax <axis = 0> (a)": 13,
+    "y = Softmax (x)": 9,
+    "a = Unsqueeze <axes = [0]> (x) y = LogSoftmax <axis = 2> (a)": 10,
+    "n = Constant <value_ints = [0, -1, 2]> () a = Reshape (x, n) y = Hardmax <axis = -1> (a)": 12,
     BRANCHES: 17,
 }
 
@@ -57,7 +60,8 @@ def test_the_same_numbers_in_a_newer_set(body, needed):
 @pytest.mark.parametrize(
     ("body", "version"),
     [
-        ("y = Softmax (x)", 11),  # over all axes from 1 on
+        ("a = Unsqueeze <axes = [2]> (x) y = Softmax (a)", 11),  # over two axes
+        ("y = Softmax <axis = 0> (x)", 11),
         ("y = Upsample <scales = [1.0, 2.0]> (x)", 7),
         ("y = Pad <pads = [0, 1, 0, 1]> (x)", 10),
         ("y = Clip <max = 1.0> (x)", 10),
