@@ -91,7 +91,7 @@ def _choice(
     choice = library.choose(ATTENTION, q.device, q, k, v, 1.0, implementation)
     if choice.implementation == "reference":
         return library.Choice(choice.op, "sdpa", choice.reason)
-    kernel, reason = _kernel(q, implementation)
+    kernel, reason = _kernel(q, k, v, implementation)
     return library.Choice(choice.op, kernel, reason)
 
 
@@ -101,18 +101,35 @@ def flash_available() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def _kernel(q: torch.Tensor, implementation: str) -> tuple[str, str]:
-    """Which of the two kernels runs on a CUDA tensor, and why."""
+def _kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, implementation: str
+) -> tuple[str, str]:
+    """Which of the two kernels runs on CUDA tensors, and why."""
     if implementation != "triton":
         if not flash_available():
             why = "flash-attn is not installed"
         elif q.shape[3] > FLASH_DEPTH or q.shape[3] % 8:
             why = f"flash-attn does not take heads of {q.shape[3]}"
+        elif q.numel() == 0:
+            why = "flash-attn does not take empty tensors"
+        elif not all(_in_vectors(t) for t in (q, k, v)):
+            why = "flash-attn reads 16 bytes at a time, and not all rows begin at a multiple of 16"
         else:
             return "flash_attn", "flash-attn is installed and takes these tensors"
     else:
         why = "it was asked for"
     return "triton", why
+
+
+def _in_vectors(x: torch.Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes; one that is copied first does.
+
+    The beginning of the memory itself is aligned, as all allocators of PyTorch have it.
+    """
+    if x.stride(3) != 1:
+        return True
+    steps = (step for step, n in zip(x.stride()[:3], x.shape, strict=False) if n > 1)
+    return all(step * x.element_size() % 16 == 0 for step in (x.storage_offset(), *steps))
 
 
 # --- configuration and launcher ------------------------------------------------------------
@@ -166,7 +183,7 @@ def launch_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, implementation: str
 ) -> torch.Tensor:
     """CUDA counterpart of :func:`reference.attention`: flash-attn, or Triton."""
-    kernel, reason = _kernel(q, implementation)
+    kernel, reason = _kernel(q, k, v, implementation)
     if implementation not in ("auto", kernel):
         raise _cannot(implementation, reason)
     if kernel == "flash_attn":
@@ -232,12 +249,12 @@ def _fake_attention(
 
 
 def _unsupported(*args: Any) -> str | None:
-    q, implementation = args[0], args[4]
+    q, k, v, _, implementation = args
     if implementation == "sdpa":
         return "it was asked for"
     if q.dtype not in KERNEL_DTYPES:
         return f"SDPA is the better kernel for {q.dtype}"
-    kernel, why = _kernel(q, implementation)
+    kernel, why = _kernel(q, k, v, implementation)
     if kernel == "triton" and q.shape[3] > LARGEST_DEPTH:
         return f"heads of {q.shape[3]} are wider than {LARGEST_DEPTH}, and {why}"
     return None

@@ -118,6 +118,36 @@ def test_choice_and_its_reason(
     assert why in choice.reason
 
 
+@pytest.mark.parametrize(
+    ("shape", "stride", "offset", "ran"),
+    [
+        ((2, 3, 5, 64), (960, 64, 192, 1), 8, "flash_attn"),
+        ((2, 3, 5, 64), (960, 64, 192, 1), 1, "triton"),
+        ((2, 3, 5, 64), (975, 65, 195, 1), 0, "triton"),
+        ((1, 1, 5, 64), (7, 7, 64, 1), 0, "flash_attn"),
+        ((2, 3, 5, 64), (960, 64, 192, 3), 0, "flash_attn"),
+        ((0, 3, 5, 64), (960, 64, 192, 1), 0, "triton"),
+    ],
+    ids=["whole vectors", "misaligned", "odd rows", "steps not taken", "copied", "empty"],
+)
+def test_flash_attn_gets_only_what_it_reads_safely(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    offset: int,
+    ran: str,
+) -> None:
+    """It checks no alignment: a misaligned read takes the whole process down."""
+    monkeypatch.setattr(library, "triton_available", lambda: True)
+    monkeypatch.setattr(op, "flash_available", lambda: True)
+    with FakeTensorMode(), devices.assume(90):
+        memory = torch.empty(1 << 13, dtype=torch.float16, device="cuda")
+        q = memory.as_strided(shape, stride, offset)
+        plain = torch.empty(shape, dtype=torch.float16, device="cuda")
+        for tensors in ((q, plain, plain), (plain, q, plain), (plain, plain, q)):
+            assert op.explain(*tensors).implementation == ran
+
+
 def test_compile_and_export() -> None:
     torch.use_deterministic_algorithms(False)
     q, k, v = (make(2, n, 8, torch.float32, "tokens first", n) for n in (5, 7, 7))
