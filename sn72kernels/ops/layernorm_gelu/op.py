@@ -187,8 +187,9 @@ def launch_backward(
     weight, bias = as_vector(weight), as_vector(bias)
     rows, cols = flat.shape
     config = BACKWARD_TILE.config(total.device, cols)
-    # Enough programs to fill the device twice, few enough that their partial sums stay small.
-    programs = max(1, min(-(-rows // config.rows), 2 * tuning.sms(total.device)))
+    # As many programs as fit the device at once (three to a multiprocessor, by their registers), so
+    # that their partial sums stay few.
+    programs = max(1, min(-(-rows // config.rows), 3 * tuning.sms(total.device)))
     grad_x = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     partial_weight = _partial(programs, cols, weight)
     partial_bias = _partial(programs, cols, bias)

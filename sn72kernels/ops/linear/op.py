@@ -247,7 +247,8 @@ def tuning_cases(device: torch.device, rows: int = 1024) -> list[tuning.Case]:
     cases = []
     for count, (units, depth), dtype in itertools.product(counts, LAYERS, CODES):
         x, w = (
-            torch.randint(-99, 100, (n, depth), device=device).to(dtype) for n in (count, units)
+            torch.randint(-99, 100, (n, depth), device=device).float().to(dtype)
+            for n in (count, units)
         )
         scale, w_scale, bias = (torch.rand(n, device=device) for n in (count, units, units))
         args = (x, scale / 1e4, w, w_scale, bias, "gelu", torch.float16)
