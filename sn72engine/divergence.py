@@ -380,8 +380,8 @@ class _Comparer:
         self.pairs = {m.tensor: m for m in made if m.tensor in theirs}
         if not self.pairs:
             raise InputError(
-                f"{first.name} and {second.name} have no tensor name in common: compare files that "
-                "were made from one export"
+                f"{first.name} and {second.name} have no floating-point tensor of one name: "
+                "compare files that were made from one export"
             )
         self._order = {tensor: place for place, tensor in enumerate(self.pairs)}
         self._fed_by = feeds(first.proto, self.pairs)

@@ -15,6 +15,7 @@ import numpy as np
 
 from sn72engine import _deps, affine, formats
 from sn72engine.errors import QuantizationError
+from sn72engine.graph_order import reads
 from sn72engine.inserter import TRT
 
 #: Rounds x / scale to e4m3; Cast saturates.
@@ -174,7 +175,7 @@ def _expand_weights(onnx: Any, proto: Any) -> None:
 
 
 def _drop_unread(graph: Any) -> None:
-    read = {name for node in graph.node for name in node.input}
+    read = {name for node in graph.node for name in reads(node)}
     read |= {value.name for value in graph.output}
     unread = [i for i, tensor in enumerate(graph.initializer) if tensor.name not in read]
     for index in reversed(unread):

@@ -47,6 +47,7 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         "kind": "onnx",
         "path": str(path),
         "bytes": model.size(),
+        "sha256": model.sha256(),
         "opset": {o.domain or "ai.onnx": o.version for o in proto.opset_import},
         "inputs": [spec.to_dict() for spec in model.inputs],
         "outputs": [spec.to_dict() for spec in model.outputs],

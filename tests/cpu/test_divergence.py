@@ -259,6 +259,27 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, model: OnnxModel) ->
         CompareOptions(search="deep")  # type: ignore[arg-type]
 
 
+def test_weights_that_an_inner_graph_reads_are_there(tmp_path: Path) -> None:
+    graph = """g (float[N, 8] x) => (float[N, 8] y) {
+        s = ReduceSum <keepdims = 0> (x)  d = Cast <to = 9> (s)  y = If (d) <
+            then_branch = t () => (float[N, 8] p) { p = MatMul (x, w) },
+            else_branch = e () => (float[N, 8] q) { q = Mul (x, x) }> }"""
+    weights = {"w": np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)}
+    model = tiny_models.save(tmp_path / "m.onnx", graph, weights)
+    other = with_weight(model, tmp_path / "b.onnx", "w", lambda w: w * 2)
+    assert not compare(model, model).parted
+    report = compare(model, other)
+    assert report.first_bad is not None
+    assert report.first_bad.op == "If"
+
+
+def test_files_without_a_float_tensor_in_common_are_refused(tmp_path: Path) -> None:
+    graph = "g (float[N, 8] x) => (int64[2, K] y) { y = NonZero (x) }"
+    model = tiny_models.save(tmp_path / "m.onnx", graph, {})
+    with pytest.raises(InputError, match="no floating-point tensor of one name"):
+        compare(model, model)
+
+
 @pytest.mark.parametrize("kind", ["array", "batches", "random"])
 @pytest.mark.parametrize(("batch", "samples", "used"), [(6, 4, 6), (3, 4, 3), (2, 4, 4)])
 def test_samples_come_in_whole_batches_of_which_there_is_one(

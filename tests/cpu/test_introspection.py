@@ -166,6 +166,16 @@ def test_diff_of_files_tells_what_was_added_removed_and_changed(tmp_path: Path) 
     json.dumps(found.to_dict())
 
 
+def test_diff_of_files_tells_that_weights_have_other_values(tmp_path: Path) -> None:
+    graph = "g (float[N, 3] x) => (float[N, 3] y) { y = Mul (x, w) }"
+    files = [
+        inspection.inspect_onnx(tiny_models.save(tmp_path / name, graph, {"w": values}).path)
+        for name, values in (("a", np.ones(3, np.float32)), ("b", np.zeros(3, np.float32)))
+    ]
+    assert [change.name for change in diff(*files).facts] == ["sha256"]
+    assert diff(files[0], files[0]).same
+
+
 def test_diff_tells_layers_of_one_name_apart() -> None:
     def report(*types: str) -> dict[str, object]:
         rest = {"precision": "", "shape": [], "weight_bytes": 0, "fused": [], "runs_on": ""}
