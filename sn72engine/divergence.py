@@ -119,6 +119,11 @@ class CompareOptions(Options):
         check_int("memory_bytes", self.memory_bytes, 1)
         check_int("seed", self.seed, 0)
 
+    @property
+    def needed(self) -> int:
+        """Samples to have at hand: ``samples``, and one whole batch at least."""
+        return max(self.samples, self.batch)
+
 
 @dataclass(frozen=True, slots=True)
 class LayerError:
@@ -528,7 +533,7 @@ def _batches(
 ) -> list[dict[str, _Array]]:
     """At most ``samples`` samples, in whole batches, by input name."""
     if inputs is None:
-        rounds = max(options.samples // options.batch, 1)
+        rounds = options.needed // options.batch
         return [
             random_inputs(first.inputs, options.batch, options.seed + turn)
             for turn in range(rounds)
@@ -537,7 +542,7 @@ def _batches(
         if len(first.inputs) != 1:
             listed = ", ".join(spec.name for spec in first.inputs)
             raise InputError(f"{first.name} has the inputs {listed}: give arrays by name")
-        count = max(options.samples, options.batch)
+        count = options.needed
         rows = inputs[:count] if isinstance(inputs, np.ndarray) else head(inputs, count)
         inputs = {first.inputs[0].name: rows}
     counts = {name: len(array) for name, array in inputs.items()}
@@ -546,7 +551,7 @@ def _batches(
             f"inputs hold {counts} samples: give every input the same number of them, at least "
             f"batch={options.batch}"
         )
-    most = min(min(counts.values()), max(options.samples, options.batch))
+    most = min(min(counts.values()), options.needed)
     return [
         {name: array[start : start + options.batch] for name, array in inputs.items()}
         for start in range(0, most - options.batch + 1, options.batch)

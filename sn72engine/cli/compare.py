@@ -80,7 +80,7 @@ def execute(options: argparse.Namespace) -> Outcome:
     report = compare(
         a,
         b,
-        None if options.data is None else _inputs(options, a),
+        None if options.data is None else _inputs(options.data, a, asked),
         asked,
         runtime=RuntimeOptions(threads=options.threads),
     )
@@ -89,16 +89,16 @@ def execute(options: argparse.Namespace) -> Outcome:
     return Outcome(report.to_dict(), report.render(options.rows), 5 if report.parted else 0)
 
 
-def _inputs(options: argparse.Namespace, subject: Path) -> Any:
+def _inputs(data: Path, subject: Path, options: CompareOptions) -> Any:
     from sn72engine.calibration import batches
 
     preprocess = _preprocess(subject)
-    if preprocess is None and options.data.suffix != ".npz":
+    if preprocess is None and data.suffix != ".npz":
         raise OptionError(f"{subject} holds no preprocessing; give the data as .npz")
     return batches(
-        options.data,
+        data,
         preprocess,
-        CalibrationOptions(batch_size=options.batch, limit=options.samples, minimum=1),
+        CalibrationOptions(batch_size=options.batch, limit=options.needed, minimum=1),
     )
 
 

@@ -399,6 +399,9 @@ def test_the_command(tmp_path: Path, model: OnnxModel, capsys: pytest.CaptureFix
     assert report["first_bad"]["layer"] == "v"
     assert report["samples"] == 3
     assert picture.read_bytes().startswith(b"\x89PNG")
+    words = ["compare", model.path, model.path, "--data", data, "--samples", 1, "--batch", 4]
+    assert cli.main([*map(str, words), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 4
     assert cli.main(["compare", str(model.path), str(model.path), "--search", "bisect"]) == 0
     assert "the outputs agree" in capsys.readouterr().out
     assert cli.main(["compare", str(model.path), str(model.path)]) == 0
