@@ -78,7 +78,7 @@ def collect(
     Raises:
         QuantizationError: the module cannot be copied, ModelOpt failed, or it did not switch on
             exactly the quantizers that were asked for.
-        CalibrationError: an input became NaN or infinite.
+        CalibrationError: an input became NaN or infinite, or the module failed on a batch.
         MissingDependencyError: nvidia-modelopt is absent.
     """
     torch = _deps.require("torch", purpose="quantise a module")
@@ -174,7 +174,14 @@ def _run(
     def forward(model: Any) -> None:
         seen = 0
         for batch in batches:
-            model(torch.from_numpy(batch).to(device))
+            given = torch.from_numpy(batch).to(device)
+            try:
+                model(given)
+            except Exception as error:  # whatever the module's parts raise
+                raise CalibrationError(
+                    f"the module fails on calibration batch {seen}, {given.dtype}"
+                    f"{list(given.shape)}: {type(error).__name__}: {error}"
+                ) from error
             seen += 1
         if not seen:
             raise CalibrationError("calibration data holds no batch; no range can be collected")

@@ -177,6 +177,15 @@ def test_no_data_and_overflow_are_errors():
         torch_ranges.collect(module, {"last": "int8"}, batches(1), "max")
 
 
+@pytest.mark.parametrize("method", ["max", "smoothquant"])
+def test_a_module_that_fails_is_not_blamed_on_modelopt(method):
+    module = Tower()
+    given = [*batches(1), np.zeros((8, 31), np.float32)]
+    with pytest.raises(CalibrationError, match=r"^the module fails on calibration batch 1, .*31"):
+        torch_ranges.collect(module, {"last": "int8"}, given, method)
+    assert not any(part._forward_pre_hooks for part in module.modules())
+
+
 @pytest.mark.parametrize("method", ["max", "entropy", "smoothquant"])
 def test_the_module_is_the_same_afterwards_and_nothing_holds_it(method):
     module = Tower().train()
