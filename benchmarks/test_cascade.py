@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from sn72engine import BuildOptions, Engine, ExportOptions, ShapeRange, Store, build, export
+from sn72engine import BuildOptions, Engine, ShapeRange, Store, build
 from sn72engine.cascade import Cascade
 from sn72engine.cascade.report import CascadeReport
 from sn72engine.cascade.route import compact, route
 from sn72engine.cascade.spec import CascadeSpec, StageSpec
-from sn72engine.demo.models import preprocess_for, pretrained
+from sn72engine.demo.pipeline import export_model
 
 BATCH = 8
 STAGE_SECONDS = 0.010
@@ -77,14 +76,7 @@ def lite(tmp_path_factory: pytest.TempPathFactory) -> list[Engine]:
     folder = tmp_path_factory.mktemp("lite")
     engines = []
     for name in ("lite0", "lite2"):
-        shape = preprocess_for(name)
-        model = export(
-            pretrained(name),
-            ExportOptions(),
-            folder / f"{name}.onnx",
-            example=torch.zeros(1, *shape.shape),
-            preprocess=shape,
-        )
+        model = export_model(name, folder)
         engines.append(build(model, BuildOptions(batch=ShapeRange(1, 8, 8)), store=Store(folder)))
     return engines
 
