@@ -44,6 +44,7 @@ from sn72engine.backends.advice import explain
 from sn72engine.backends.base import Array, BuiltFiles
 from sn72engine.engine import Engine
 from sn72engine.errors import BuildError, SessionError
+from sn72engine.graph_order import reads
 from sn72engine.layers import is_convolutional
 from sn72engine.model import OnnxModel, TensorSpec
 from sn72engine.qdq import lower_for_cpu
@@ -264,7 +265,10 @@ def _leave_extremes_in_float(path: Path) -> tuple[str, ...]:
     proto = onnx.load(path, load_external_data=False)
     graph = proto.graph
     makers = {name: node for node in graph.node for name in node.output}
-    results = {value.name for value in graph.output}
+    needed = {value.name for value in graph.output}
+    for node in graph.node:
+        if any(a.g.node or a.graphs for a in node.attribute):
+            needed.update(reads(node))  # names inside are left as they are
 
     def extreme(name: str) -> bool:
         node = makers.get(name)
@@ -283,7 +287,7 @@ def _leave_extremes_in_float(path: Path) -> tuple[str, ...]:
         for node in graph.node
         if node.op_type == "DequantizeLinear"
         and node.input[0] in exact
-        and node.output[0] not in results
+        and node.output[0] not in needed
     }
     if not pairs:
         return ()
@@ -291,11 +295,11 @@ def _leave_extremes_in_float(path: Path) -> tuple[str, ...]:
         for index, name in enumerate(node.input):
             node.input[index] = pairs.get(name, name)
     kept = [node for node in graph.node if node.output[0] not in pairs]
-    read = {name for node in kept for name in node.input} | results
+    read = {name for node in kept for name in node.input} | needed
     kept = [node for node in kept if node.output[0] not in exact or node.output[0] in read]
     del graph.node[:]
     graph.node.extend(kept)
-    read = {name for node in kept for name in node.input} | results
+    read = {name for node in kept for name in node.input} | needed
     for index in reversed(range(len(graph.initializer))):
         if graph.initializer[index].name not in read:
             del graph.initializer[index]

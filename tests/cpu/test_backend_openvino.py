@@ -317,3 +317,30 @@ assert used.tm.__name__ == "openvino.tools.ovc.telemetry_stub", used.tm
 def test_the_doctor_imports_it_without_its_telemetry() -> None:
     assert doctor.probe("openvino", "openvino").status == "ok"
     assert doctor.probe("openvino_telemetry", "").status != "ok"
+
+
+def test_what_an_inner_graph_reads_stays(tmp_path: Path) -> None:
+    """A weight that only a branch reads, and a rounded maximum that it reads too."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        g (float[N, 4, 8] x) => (float[N, 8] y, float[N, 8] z)
+        <int64[1] axis = {1}, float s = {0.1}, int8 z8 = {0}, bool c = {1}> {
+            m = ReduceMax <keepdims = 0> (x, axis)
+            q = QuantizeLinear(m, s, z8)
+            d = DequantizeLinear(q, s, z8)
+            n = ReduceMax <keepdims = 0> (x, axis)
+            r = QuantizeLinear(n, s, z8)
+            e = DequantizeLinear(r, s, z8)
+            z = Neg(e)
+            y = If (c) <then_branch = a () => (float[N, 8] t) { t = Add(d, w) },
+                        else_branch = b () => (float[N, 8] u) { u = Identity(d) }>
+        }"""
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(8, np.float32), "w"))
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path)
+    (note,) = openvino._leave_extremes_in_float(path)
+    assert note.endswith(": 1")
+    left = onnx.load(path)
+    assert {"w", "s", "z8"} <= {tensor.name for tensor in left.graph.initializer}
+    onnx.checker.check_model(left, full_check=True)
