@@ -128,6 +128,12 @@ def test_weights_are_stored_in_their_format(precision, types):
     assert found == types
 
 
+def test_the_formats_numbers_are_those_of_the_kernels():
+    """Written again, because their module imports PyTorch."""
+    assert (formats.E2M1_MAX, formats.E4M3_MAX) == (reference.E2M1_MAX, reference.E4M3_MAX)
+    assert formats.BLOCK == {"nvfp4": reference.NVFP4_BLOCK, "mxfp8": reference.MXFP8_BLOCK}
+
+
 def test_weights_in_blocks_are_those_of_the_kernels_reference():
     weight = weights(4)
     rows = torch.from_numpy(np.ascontiguousarray(weight.T))
