@@ -21,6 +21,7 @@ from typing import Any
 
 from sn72engine import _deps, onnx_file
 from sn72engine.errors import BuildError
+from sn72engine.graph_order import reads
 
 #: Domain of our nodes in ONNX, and namespace of our plugins in TensorRT.
 NAMESPACE = "sn72"
@@ -90,7 +91,7 @@ def fuse(source: Path, target: Path, arch: int) -> tuple[LayerNormGelu, ...]:
     weights = {tensor.name: tensor for tensor in graph.initializer}
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
-        for name in node.input:
+        for name in reads(node):
             readers.setdefault(name, []).append(node)
     results = {value.name for value in graph.output}
     found: dict[str, LayerNormGelu] = {}

@@ -105,6 +105,12 @@ def test_the_pair_becomes_one_node_that_computes_the_same(tmp_path: Path) -> Non
             n = LayerNormalization(x, w, b)
             y = Relu(n)
         }""",
+        """branch (float[N, 7, 16] x, bool c) => (float[N, 7, 16] y, float[N, 7, 16] z) {
+            n = LayerNormalization(x, w, b)
+            y = Gelu(n)
+            z = If (c) <then_branch = p () => (float[N, 7, 16] t) { t = Neg(n) },
+                        else_branch = q () => (float[N, 7, 16] u) { u = Neg(x) }>
+        }""",
     ],
 )
 def test_what_is_not_the_pair_stays(tmp_path: Path, graph: str) -> None:
